@@ -1,0 +1,10 @@
+"""AdaMax for JAX: Adam with the infinity norm, as Optax transformations."""
+
+from importlib.metadata import version
+
+from adamax_jax._alias import adamax as adamax
+from adamax_jax._alias import adamaxw as adamaxw
+from adamax_jax._transform import ScaleByAdamaxState as ScaleByAdamaxState
+from adamax_jax._transform import scale_by_adamax as scale_by_adamax
+
+__version__ = version("adamax_jax")

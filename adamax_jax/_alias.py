@@ -1,0 +1,190 @@
+"""Ready-made optimizers: AdaMax with a learning rate, and with weight decay."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from adamax_jax._checks import check_finite
+from adamax_jax._transform import scale_by_adamax
+
+
+def adamax(
+    learning_rate: optax.ScalarOrSchedule = 2e-3,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    nesterov: bool = False,
+    eps_inside: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaMax: Adam with the infinity norm in place of the second moment.
+
+    .. math::
+
+      \begin{align*}
+        m_t &\leftarrow \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        u_t &\leftarrow \max(\beta_2 u_{t-1}, |g_t| + \varepsilon) \\
+        \theta_t &\leftarrow \theta_{t-1}
+          - \alpha_t \frac{m_t}{(1 - \beta_1^t)\, u_t}
+      \end{align*}
+
+    with :math:`\theta` the parameters and :math:`\alpha_t` the learning rate. The
+    positional arguments and their meaning are those of ``optax.adamax``.
+
+    Args:
+      learning_rate: The largest change of a parameter in one step (to within 0.91 % at
+        the default decay rates), in the parameter's unit: a number, a scalar array, or
+        a schedule from the count of updates, starting at 0.
+      b1: See :func:`scale_by_adamax`, also for the following arguments.
+      b2: Decay rate of the maximum of the gradients.
+      eps: Floor of the denominator.
+      nesterov: Whether to look one step ahead in the mean.
+      eps_inside: Whether ``eps`` is added inside the maximum.
+
+    Returns:
+      An optimizer whose updates are to be added to the parameters
+      (``optax.apply_updates``), in the gradients' dtypes. Its state is a tuple whose
+      first item is a :class:`ScaleByAdamaxState`.
+
+    Raises:
+      ValueError, TypeError: As :func:`scale_by_adamax`.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from adamax_jax import adamax
+      >>> def loss(x):
+      ...     return jnp.sum(x**2)
+      >>> optimizer = adamax(learning_rate=0.1)
+      >>> x = jnp.array([1.0, -2.0, 3.0])
+      >>> state = optimizer.init(x)
+      >>> for _ in range(60):
+      ...     updates, state = optimizer.update(jax.grad(loss)(x), state, x)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(loss(x) < 1e-2 * loss(jnp.array([1.0, -2.0, 3.0])))
+      True
+
+    References:
+      Kingma and Ba, `Adam: A Method for Stochastic Optimization
+      <https://arxiv.org/abs/1412.6980>`_, 2014, section 7.1.
+    """
+    return optax.chain(
+        scale_by_adamax(b1, b2, eps, nesterov=nesterov, eps_inside=eps_inside),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamaxw(
+    learning_rate: optax.ScalarOrSchedule = 2e-3,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    eps_inside: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaMax with decoupled weight decay.
+
+    .. math::
+
+      \theta_t \leftarrow \theta_{t-1} - \alpha_t \left(
+        \frac{m_t}{(1 - \beta_1^t)\, u_t} + \lambda_t\, \theta_{t-1} \right)
+
+    with :math:`m_t` and :math:`u_t` as in :func:`adamax` and :math:`\lambda_t` the
+    ``weight_decay``, which never enters :math:`m_t` or :math:`u_t`. The positional
+    arguments and their meaning are those of ``optax.adamaxw``. For the L2 penalty of
+    ``torch.optim.Adamax(weight_decay=...)``, which does enter them, use
+    ``optax.chain(optax.add_decayed_weights(weight_decay), adamax(...))``.
+
+    Args:
+      learning_rate: As in :func:`adamax`; it multiplies the weight decay as well.
+      b1: See :func:`scale_by_adamax`, also for the following arguments.
+      b2: Decay rate of the maximum of the gradients.
+      eps: Floor of the denominator.
+      weight_decay: The share of a parameter that one step at learning rate 1 removes:
+        a number, a scalar array, or a schedule from the count of updates.
+      mask: Which parameters decay: a tree of booleans with the structure of the
+        parameters or a prefix of it, or a function that returns one, given the
+        parameters. None: all of them.
+      nesterov: Whether to look one step ahead in the mean.
+      eps_inside: Whether ``eps`` is added inside the maximum.
+
+    Returns:
+      An optimizer as :func:`adamax` returns; its ``update`` needs the parameters.
+
+    Raises:
+      ValueError, TypeError: As :func:`scale_by_adamax`; ValueError also by ``update``
+        without parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from adamax_jax import adamaxw
+      >>> params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
+      >>> decayed = {"kernel": True, "bias": False}
+      >>> optimizer = adamaxw(0.1, weight_decay=0.5, mask=decayed)
+      >>> no_gradient = {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}
+      >>> updates, _ = optimizer.update(no_gradient, optimizer.init(params), params)
+      >>> float(updates["kernel"][0]), float(updates["bias"][0]) + 0.0
+      (-0.10000000149011612, 0.0)
+
+    References:
+      Loshchilov and Hutter, `Decoupled Weight Decay Regularization
+      <https://arxiv.org/abs/1711.05101>`_, 2019.
+    """
+    return optax.chain(
+        scale_by_adamax(b1, b2, eps, nesterov=nesterov, eps_inside=eps_inside),
+        _add_decayed_weights(weight_decay, mask),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def _scale_by_learning_rate(learning_rate):
+    """Multiplies by the learning rate and turns the update downhill."""
+    return _scale("learning_rate", learning_rate, sign=-1)
+
+
+def _add_decayed_weights(weight_decay, mask):
+    """Adds ``weight_decay`` times the parameters, in each update's own dtype."""
+    scale = _scale("weight_decay", weight_decay, sign=1)
+
+    def update_fn(updates, state, params=None):
+        if params is None:
+            raise ValueError(
+                "adamaxw needs the parameters to decay them: call "
+                "update(gradients, state, params)."
+            )
+        params = jax.tree.map(
+            lambda g, p: None if g is None else jnp.asarray(p, g.dtype),
+            updates,
+            params,
+            is_leaf=lambda g: g is None,
+        )
+        decay, state = scale.update(params, state)
+        return jax.tree.map(jnp.add, updates, decay), state
+
+    transformation = optax.GradientTransformation(scale.init, update_fn)
+    return transformation if mask is None else optax.masked(transformation, mask)
+
+
+def _scale(name, factor, sign):
+    """Multiplies updates by a number, an array or a schedule, keeping their dtypes.
+
+    Optax's transformations for this multiply as dtypes promote: an array factor, such
+    as ``inject_hyperparams`` makes, would turn bfloat16 updates into float32 and be
+    refused under strict promotion.
+    """
+    if callable(factor):
+        return optax.scale_by_schedule(lambda count: sign * factor(count))
+    factor = sign * check_finite(name, factor)
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(
+            lambda g: jnp.asarray(factor, g.dtype) * g, updates
+        )
+    )

@@ -1,0 +1,135 @@
+"""Errors for what can be known to be wrong before any arithmetic is done.
+
+Only static facts are checked (Python and NumPy numbers, tree structures, shapes,
+dtypes): a hyperparameter may be a traced array, whose value nobody knows yet.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_decay(name: str, value: Any) -> Any:
+    """Returns a decay rate, refusing a number outside [0, 1)."""
+    return _check_scalar(name, value, "in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def check_eps(name: str, value: Any) -> Any:
+    """Returns a floor of the denominator, refusing a negative or infinite number."""
+    return _check_scalar(
+        name, value, "finite and at least 0", lambda x: 0 <= x < math.inf
+    )
+
+
+def check_finite(name: str, value: Any) -> Any:
+    """Returns a factor, refusing an infinite number or NaN."""
+    return _check_scalar(name, value, "finite", math.isfinite)
+
+
+def _check_scalar(name, value, allowed, is_allowed):
+    if callable(value):
+        raise TypeError(
+            f"{name} must be a number or a scalar array, got the function {value!r}. "
+            "To schedule it, wrap the optimizer in optax.inject_hyperparams."
+        )
+    if isinstance(value, numbers.Real):
+        if not is_allowed(value):
+            raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+        # NumPy scalars carry a dtype that would take part in promotion.
+        return float(value)
+    if not hasattr(value, "dtype"):
+        raise TypeError(f"{name} must be a number or a scalar array, got {value!r}.")
+    if jnp.shape(value) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")
+    return value
+
+
+def check_params(params: Any) -> None:
+    """Refuses parameter leaves for which a moving average makes no sense."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError as error:
+            raise TypeError(
+                f"The parameter at {_name(path)} is not an array: {leaf!r}. "
+                "Give init the arrays alone (with Equinox: "
+                "eqx.filter(model, eqx.is_inexact_array))."
+            ) from error
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"The parameter at {_name(path)} has dtype {dtype}; AdaMax needs "
+                "floating-point or complex parameters. Leave it out with optax.masked."
+            )
+
+
+def check_gradients(updates: Any, m: Any) -> None:
+    """Refuses gradients that differ from the state in tree, shape or kind of number."""
+    gradients, treedef = jax.tree.flatten(updates, is_leaf=_is_none)
+    try:
+        moments = treedef.flatten_up_to(m)
+    except ValueError as error:
+        raise ValueError(_structure_message(updates, m)) from error
+    for index, (g, moment) in enumerate(zip(gradients, moments, strict=True)):
+        if g is None:
+            continue
+        problem = _leaf_problem(g, moment)
+        if problem:
+            path, _ = jax.tree.leaves_with_path(updates, is_leaf=_is_none)[index]
+            raise problem[0](f"The gradient at {_name(path)} has {problem[1]}")
+
+
+def _leaf_problem(g, moment):
+    if not hasattr(moment, "shape"):
+        return ValueError, (
+            f"shape {jnp.shape(g)}, but the optimizer state has {moment!r} there. "
+            "Was init called with other parameters?"
+        )
+    if jnp.shape(g) != moment.shape:
+        return ValueError, (
+            f"shape {jnp.shape(g)}, but the optimizer state has shape {moment.shape} "
+            "there. Was init called with other parameters?"
+        )
+    dtype = jnp.result_type(g)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return TypeError, f"dtype {dtype}, which is neither floating-point nor complex."
+    if jnp.iscomplexobj(g) != jnp.iscomplexobj(moment):
+        return TypeError, (
+            f"dtype {dtype}, but the optimizer state has dtype {moment.dtype} there: "
+            "real parameters take real gradients, complex parameters complex ones."
+        )
+    return None
+
+
+def _structure_message(updates, m):
+    """Names the first path at which the two trees differ."""
+    given = dict(jax.tree.leaves_with_path(updates, is_leaf=_is_none))
+    expected = dict(jax.tree.leaves_with_path(m))
+    without_gradient = [path for path, g in given.items() if g is None]
+    for path in expected:
+        covered = any(path[: len(none)] == none for none in without_gradient)
+        if path not in given and not covered:
+            return (
+                f"The gradients have no leaf at {_name(path)}, where the optimizer "
+                f"state has one of shape {expected[path].shape}."
+            )
+    for path, g in given.items():
+        if path not in expected and g is not None:
+            return (
+                f"The gradients have a leaf at {_name(path)}, where the optimizer "
+                "state has none."
+            )
+    return (
+        "The gradients and the optimizer state have the same leaves in different "
+        f"containers: {jax.tree.structure(updates)} against {jax.tree.structure(m)}."
+    )
+
+
+def _is_none(leaf):
+    return leaf is None
+
+
+def _name(path):
+    return jax.tree_util.keystr(path) or "the root of the tree"
