@@ -131,8 +131,8 @@ def scale_by_adamax(
         coefficients = _Coefficients(
             b1=b1,
             one_minus_b1=1 - b1,
-            correction=_one_minus_power(b1, t),
-            next_correction=_one_minus_power(b1, t + 1),
+            correction=1 / _one_minus_power(b1, t),
+            next_correction=1 / _one_minus_power(b1, t + 1),
             b2=b2,
             eps_in_maximum=eps if eps_inside else 0.0,
             eps_in_denominator=0.0 if eps_inside else eps,
@@ -171,6 +171,8 @@ class _Coefficients(NamedTuple):
     b1: ArrayLike
     # Not left to the leaves: 1 - 0.9 in float32 is off by 2e-7, in Python by 1e-17.
     one_minus_b1: ArrayLike
+    # 1 / (1 - b1^t). The compiler would replace a division by one scalar by this
+    # product anyway, but not in leaves of a single element, whose bits would differ.
     correction: ArrayLike
     next_correction: ArrayLike
     b2: ArrayLike
@@ -204,9 +206,9 @@ def _adamax(g, norm, m, u, c, nesterov):
     m = c.one_minus_b1 * g + c.b1 * m
     u = jnp.maximum(c.b2 * u, norm + c.eps_in_maximum)
     if nesterov:
-        m_hat = c.b1 * (m / c.next_correction) + c.one_minus_b1 * (g / c.correction)
+        m_hat = c.b1 * c.next_correction * m + c.one_minus_b1 * c.correction * g
     else:
-        m_hat = m / c.correction
+        m_hat = c.correction * m
     denominator = u + c.eps_in_denominator
     # 0/0 is 0; the inner where keeps the derivative of the untaken branch finite.
     # Compared with ==, a NaN goes on to the update instead of being hidden.

@@ -1,0 +1,124 @@
+"""What AdaMax promises for every sequence of gradients."""
+
+import functools
+
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from sequences import compiled_trajectory
+
+from adamax_jax import scale_by_adamax
+
+STEPS, SIZE = 12, 5
+
+# Gradients of 20 decades and both signs, with zeros. Float32 subnormals are left out:
+# XLA on the CPU takes them for zero.
+magnitudes = st.one_of(
+    st.just(0.0), st.floats(-10, 10).map(lambda exponent: 10.0**exponent)
+)
+numbers = st.tuples(magnitudes, st.sampled_from([-1.0, 1.0])).map(np.prod)
+sequences = st.lists(numbers, min_size=STEPS * SIZE, max_size=STEPS * SIZE).map(
+    lambda values: np.reshape(np.float32(values), [STEPS, SIZE])
+)
+decays = st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.9), (0.99, 0.999)])
+options = st.fixed_dictionaries(
+    {
+        "nesterov": st.booleans(),
+        "eps_inside": st.booleans(),
+        "eps": st.sampled_from([0.0, 1e-8, 1e-3]),
+    }
+)
+
+
+@functools.cache
+def compiled(*decays, **options):
+    return compiled_trajectory(scale_by_adamax(*decays, **options))
+
+
+def run(g, *decays, **options):
+    """Updates, m and u after each step."""
+    update, state = compiled(*decays, **options)(jnp.asarray(g))
+    return np.asarray(update), np.asarray(state.m), np.asarray(state.u)
+
+
+@given(sequences, decays)
+def test_first_update_is_the_sign(g, decays):
+    update, _, _ = run(g, *decays, eps=0.0)
+    np.testing.assert_array_max_ulp(update[0], np.sign(g[0]), maxulp=2)
+
+
+@given(numbers, decays)
+def test_constant_gradient_gives_constant_sign(number, decays):
+    g = np.full([STEPS, SIZE], number, np.float32)
+    update, _, _ = run(g, *decays, eps=0.0)
+    # Each step rounds m twice by half an ulp, and the mean forgets at rate 1 - b1.
+    np.testing.assert_allclose(update, np.sign(g), atol=2e-7 / (1 - decays[0]))
+
+
+def tight_bound(b1, b2, t):
+    """The largest |m_t| / ((1 - b1^t) u_t) that any gradients can reach."""
+    return (1 - b1) / (1 - b1**t) * (1 - (b1 / b2) ** t) / (1 - b1 / b2)
+
+
+@given(sequences, decays, options)
+def test_update_is_bounded(g, decays, options):
+    update, _, _ = run(g, *decays, **options | {"nesterov": False})
+    b1, b2 = decays
+    bounds = tight_bound(b1, b2, np.arange(1, STEPS + 1))
+    assert np.all(bounds <= (1 - b1) / (1 - b1 / b2) * (1 + 1e-12))
+    assert np.all(np.abs(update) <= bounds[:, None] * (1 + 1e-5))
+
+
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.5, 0.75), (0.99, 0.999)])
+def test_bound_is_tight(b1, b2):
+    """Gradients that shrink by b2 a step reach it at every step."""
+    t = np.arange(1, 301)
+    g = np.float32(b2**t)[:, None]
+    update, _, _ = run(g, b1, b2, eps=0.0)
+    np.testing.assert_allclose(update[:, 0], tight_bound(b1, b2, t), rtol=1e-4)
+
+
+@given(sequences, st.integers(-40, 40), decays, st.booleans())
+def test_scaling_by_a_power_of_two_changes_no_bit(g, exponent, decays, nesterov):
+    scaled = np.ldexp(g, exponent).astype(np.float32)
+    update, _, _ = run(g, *decays, eps=0.0, nesterov=nesterov)
+    scaled_update, _, _ = run(scaled, *decays, eps=0.0, nesterov=nesterov)
+    np.testing.assert_array_equal(update, scaled_update)
+
+
+@given(sequences, decays, options)
+def test_flipping_signs_flips_updates(g, decays, options):
+    update, m, u = run(g, *decays, **options)
+    flipped_update, flipped_m, flipped_u = run(-g, *decays, **options)
+    np.testing.assert_array_equal(flipped_update, -update)
+    np.testing.assert_array_equal(flipped_m, -m)
+    np.testing.assert_array_equal(flipped_u, u)
+
+
+@given(sequences, st.permutations(range(SIZE)), decays, options)
+def test_permuting_coordinates_permutes_updates(g, order, decays, options):
+    for result, permuted in zip(
+        run(g, *decays, **options), run(g[:, order], *decays, **options), strict=True
+    ):
+        np.testing.assert_array_equal(permuted, result[:, order])
+
+
+@given(sequences, decays, options)
+def test_leaf_by_leaf_is_the_same_as_concatenated(g, decays, options):
+    run = compiled(*decays, **options)
+    whole, _ = run(jnp.asarray(g))
+    parts, _ = run({"a": jnp.asarray(g[:, 0]), "b": [jnp.asarray(g[:, 1:])]})
+    np.testing.assert_array_equal(parts["a"], whole[:, 0])
+    np.testing.assert_array_equal(parts["b"][0], whole[:, 1:])
+
+
+@given(sequences, decays)
+def test_u_is_the_decayed_maximum(g, decays):
+    """u_t = max_i b2^(t - i) |g_i|, the infinity norm that the paper derives."""
+    _, _, u = run(g, *decays, eps=0.0)
+    t = np.arange(STEPS)
+    weights = np.tril(np.float64(decays[1]) ** (t[:, None] - t))
+    exact = np.max(weights[:, :, None] * np.abs(g, dtype=np.float64), axis=1)
+    np.testing.assert_allclose(u, exact, rtol=2e-6)

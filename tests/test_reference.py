@@ -1,0 +1,135 @@
+"""The optimizer against the paper in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from sequences import gradients, trajectory
+
+from adamax_jax import scale_by_adamax
+
+# Decay rates that float32 holds exactly, so that the only errors are roundings ...
+EXACT = (0.875, 1 - 2**-10)
+# ... and the defaults as float32 holds them: its 0.999 is 0.99900001287, which alone
+# moves u by 1.3e-8 for every step since a coordinate's last record gradient.
+DEFAULT = (float(np.float32(0.9)), float(np.float32(0.999)))
+
+
+def errors(ours, g, **options):
+    """The largest errors of m, u and the update, each relative to its size.
+
+    A mean of gradients of both signs can cancel to nothing, so errors of m and of the
+    update are measured against the same mean of the gradients' magnitudes.
+    """
+    update, state = ours
+    expected = [np.stack(x) for x in zip(*reference.adamax(g, **options), strict=True)]
+    sizes = [
+        np.stack(x) for x in zip(*reference.adamax(abs(g), **options), strict=True)
+    ]
+    for actual, exact, size in zip(
+        (state.m, state.u, update), expected, sizes, strict=True
+    ):
+        error = np.abs(np.asarray(actual, exact.dtype) - exact)
+        assert np.all(error[size == 0] == 0)
+        yield np.max(error[size > 0] / size[size > 0])
+
+
+@pytest.mark.parametrize("eps_inside", [True, False])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(
+    ("decays", "tolerance"), [(EXACT, 1e-6), (DEFAULT, 2e-6)], ids=["exact", "default"]
+)
+def test_float32(decays, tolerance, nesterov, eps_inside):
+    b1, b2 = decays
+    options = {"b1": b1, "b2": b2, "nesterov": nesterov, "eps_inside": eps_inside}
+    g = gradients().astype(np.float32)
+    ours = trajectory(scale_by_adamax(**options), jnp.asarray(g))
+    assert max(errors(ours, g.astype(np.float64), **options)) < tolerance
+
+
+@pytest.mark.parametrize("eps_inside", [True, False])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_float64(x64, nesterov, eps_inside):
+    options = {"nesterov": nesterov, "eps_inside": eps_inside}
+    g = gradients()
+    ours = trajectory(scale_by_adamax(**options), jnp.asarray(g))
+    assert ours[0].dtype == jnp.float64
+    assert max(errors(ours, g, **options)) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
+def test_complex_gradients_count_by_their_modulus(x64, dtype):
+    g = gradients() + 1j * gradients(seed=1)
+    g = np.asarray(g, dtype)
+    update, state = trajectory(scale_by_adamax(*EXACT), jnp.asarray(g))
+    expected = list(reference.adamax(g.astype(np.complex128), *EXACT))
+    size = np.maximum(np.abs([step.update for step in expected]), 1e-3)
+    assert update.dtype == dtype
+    assert state.m.dtype == dtype
+    assert state.u.dtype == jnp.finfo(dtype).dtype
+    error = np.abs(np.asarray(update) - [step.update for step in expected])
+    # A single operation rounds to eps; a thousand steps and a cancelling mean add up.
+    assert np.max(error / size) < 2e4 * jnp.finfo(dtype).eps
+    np.testing.assert_allclose(state.u, [step.u for step in expected], rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn])
+def test_half_precision_gradients_are_computed_in_float32(dtype):
+    g = jnp.asarray(gradients(decades=4), jnp.float32).astype(dtype)
+    update, state = trajectory(scale_by_adamax(*EXACT), g)
+    assert state.u.dtype == state.m.dtype == jnp.float32
+    assert update.dtype == dtype
+    exact = np.asarray(g.astype(jnp.float32), np.float64)
+    ours = (update.astype(jnp.float32), state)
+    m_error, u_error, _ = errors(ours, exact, b1=EXACT[0], b2=EXACT[1])
+    assert max(m_error, u_error) < 2e-6
+    # Rounded once, at the end: half an ulp of the gradient's dtype, or of its smallest
+    # number.
+    info = jnp.finfo(dtype)
+    np.testing.assert_allclose(
+        update.astype(jnp.float32),
+        [step.update for step in reference.adamax(exact, *EXACT)],
+        rtol=0.51 * float(info.eps),
+        atol=0.51 * float(info.smallest_subnormal) + 2e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_u_decays_after_a_spike(dtype):
+    """2000 zero gradients after a spike of 1 leave 0.999^2000; bfloat16 kept 1.0."""
+    g = jnp.zeros([2001, 1], dtype).at[0].set(1)
+    update, state = trajectory(scale_by_adamax(), g)
+    assert float(state.u[-1, 0]) == pytest.approx(0.999**2000, rel=1e-4)
+    assert bool(jnp.all(jnp.isfinite(update)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+@pytest.mark.parametrize("eps_inside", [True, False])
+def test_zero_gradient_moves_nothing(dtype, eps, eps_inside):
+    transformation = scale_by_adamax(eps=eps, eps_inside=eps_inside)
+    update, _ = trajectory(transformation, jnp.zeros([3, 2], dtype))
+    np.testing.assert_array_equal(update, np.zeros([3, 2]))
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999])
+@pytest.mark.parametrize("traced", [False, True])
+def test_first_update_is_the_sign_of_the_gradient(b1, traced):
+    g = jnp.array([-3.0, 0.0, 1e-4, 1e20])
+
+    def first(b1):
+        transformation = scale_by_adamax(b1, eps=0.0)
+        return transformation.update(g, transformation.init(g))[0]
+
+    update = jax.jit(first)(jnp.float32(b1)) if traced else first(b1)
+    np.testing.assert_array_max_ulp(np.asarray(update), np.sign(g), maxulp=2)
+
+
+def test_count_saturates():
+    transformation = scale_by_adamax(nesterov=True)
+    state = transformation.init(jnp.ones(1))
+    most = jnp.array(jnp.iinfo(jnp.int32).max, jnp.int32)
+    update, state = transformation.update(jnp.ones(1), state._replace(count=most))
+    assert int(state.count) == most
+    assert float(update[0]) == pytest.approx(0.9 * 0.1 + 0.1)

@@ -1,0 +1,320 @@
+"""What a training loop may do with the state and the updates."""
+
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sequences import gradients
+
+import adamax_jax
+from adamax_jax import ScaleByAdamaxState, adamax, adamaxw, scale_by_adamax
+
+DTYPES = [
+    jnp.float8_e4m3fn,
+    jnp.float16,
+    jnp.bfloat16,
+    jnp.float32,
+    jnp.float64,
+    jnp.complex64,
+    jnp.complex128,
+]
+FACTORIES = [scale_by_adamax, adamax, adamaxw]
+
+
+def tree(dtype=jnp.float32):
+    """Leaves of every kind: a matrix, a scalar, nothing, an empty array."""
+    return {
+        "matrix": jnp.ones([2, 3], dtype),
+        "inner": (jnp.ones([], dtype), None),
+        "empty": jnp.ones([0, 4], dtype),
+    }
+
+
+def types(tree):
+    return jax.tree.map(jax.typeof, tree)
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_types_are_fixed_from_init_on(x64, factory, dtype):
+    params = tree(dtype)
+    optimizer = factory()
+    state = optimizer.init(params)
+    updates, new_state = jax.jit(optimizer.update)(params, state, params)
+    assert types(new_state) == types(state)
+    assert types(updates) == types(params)
+
+    def step(state):
+        return optimizer.update(params, state, params)[1]
+
+    jax.lax.cond(True, step, lambda state: state, state)
+    state, _ = jax.lax.scan(lambda s, _: (step(s), None), state, length=3)
+    chex.assert_tree_all_finite(state)
+
+
+@pytest.mark.parametrize("params", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("grads", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_gradients_and_parameters_may_differ_in_dtype(factory, params, grads):
+    params, grads = tree(params), tree(grads)
+    optimizer = factory()
+    state = optimizer.init(params)
+    updates, new_state = jax.jit(optimizer.update)(grads, state, params)
+    assert types(new_state) == types(state)
+    assert types(updates) == types(grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_state_dtypes(x64, dtype):
+    state = scale_by_adamax().init(jnp.ones(2, dtype))
+    wide = {2: jnp.float32, 1: jnp.float32}.get(jnp.dtype(dtype).itemsize, dtype)
+    chex.assert_type(state.m, wide)
+    chex.assert_type(state.u, jnp.finfo(wide).dtype)
+    chex.assert_type(state.count, jnp.int32)
+    assert not state.m.weak_type
+    assert not state.u.weak_type
+
+
+def test_state_fields():
+    assert ScaleByAdamaxState._fields == ("count", "m", "u")
+    state = scale_by_adamax().init(jnp.ones(2))
+    assert optax.tree.get(state, "u") is state.u
+
+
+def test_numpy_and_python_numbers_are_parameters():
+    state = scale_by_adamax().init([np.ones(2, np.float32), 1.0])
+    _, state = scale_by_adamax().update([np.ones(2, np.float32), -2.0], state)
+    chex.assert_trees_all_close(state.u, [jnp.ones(2), jnp.float32(2.0)])
+
+
+def test_abstract_parameters():
+    params = tree(jnp.bfloat16)
+    abstract = jax.eval_shape(lambda: params)
+    init = adamax().init
+    assert types(init(abstract)) == types(init(params))
+    assert types(jax.eval_shape(init, abstract)) == types(init(params))
+
+
+@pytest.mark.parametrize("empty", [{}, (), [], {"a": {}, "b": None}])
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_empty_trees(factory, empty):
+    optimizer = factory()
+    updates, state = optimizer.update(empty, optimizer.init(empty), empty)
+    assert updates == empty
+    assert int(optax.tree.get(state, "count")) == 1
+
+
+def test_a_gradient_of_none_keeps_that_part_of_the_state():
+    params = {"a": jnp.ones(2), "b": {"c": jnp.ones(3), "d": jnp.ones([])}}
+    optimizer = adamaxw()
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    for missing in [
+        {"a": jnp.ones(2), "b": {"c": None, "d": jnp.ones([])}},
+        {"a": jnp.ones(2), "b": None},
+    ]:
+        updates, new_state = jax.jit(optimizer.update)(missing, state, params)
+        chex.assert_trees_all_equal_structs(updates, missing)
+        assert types(new_state) == types(state)
+        chex.assert_trees_all_equal(new_state[0].m["b"]["c"], state[0].m["b"]["c"])
+        chex.assert_trees_all_equal(new_state[0].u["b"]["c"], state[0].u["b"]["c"])
+        assert not np.array_equal(new_state[0].m["a"], state[0].m["a"])
+
+
+def test_masked_leaves():
+    params = {"a": jnp.ones(2), "index": jnp.arange(3)}
+    optimizer = optax.masked(adamaxw(), {"a": True, "index": False})
+    state = optimizer.init(params)
+    inner = state.inner_state[0]
+    assert isinstance(inner.m["index"], optax.MaskedNode)
+    gradients = {"a": jnp.ones(2), "index": jnp.zeros(3, int)}
+    updates, new_state = jax.jit(optimizer.update)(gradients, state, params)
+    assert types(new_state) == types(state)
+    alone, _ = adamaxw().update(
+        {"a": jnp.ones(2)}, adamaxw().init({"a": jnp.ones(2)}), {"a": jnp.ones(2)}
+    )
+    chex.assert_trees_all_close(updates["a"], alone["a"])
+    chex.assert_trees_all_equal(updates["index"], gradients["index"])
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_extra_arguments_are_accepted(factory):
+    optimizer = factory()
+    assert isinstance(optimizer, optax.GradientTransformationExtraArgs)
+    params = jnp.ones(2)
+    state = optimizer.init(params)
+    expected = optimizer.update(params, state, params)
+    extra = optimizer.update(params, state, params=params, value=1.0, key="any")
+    chex.assert_trees_all_equal(extra, expected)
+
+
+def test_one_trace_for_all_steps():
+    optimizer = adamaxw(optax.linear_schedule(0.1, 0.0, 10))
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, state):
+        updates, state = optimizer.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = tree()
+    state = optimizer.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+    assert int(state[0].count) == 3
+
+
+def test_jitted_equals_unjitted():
+    g = jnp.asarray(gradients(steps=20), jnp.float32)
+    optimizer = adamax()
+    plain = jitted = optimizer.init(g[0])
+    for g_t in g:
+        update, plain = optimizer.update(g_t, plain)
+        jitted_update, jitted = jax.jit(optimizer.update)(g_t, jitted)
+        chex.assert_trees_all_close(jitted_update, update, rtol=1e-6)
+    chex.assert_trees_all_equal(jitted, plain)
+
+
+def test_vmap_over_a_population():
+    """Each member trains as if alone, each at its own decay rates."""
+    g = jnp.asarray(gradients(steps=8, size=6), jnp.float32).reshape(4, 2, 6)
+    b1 = jnp.array([0.0, 0.5, 0.9, 0.99])
+
+    def run(b1, g):
+        optimizer = scale_by_adamax(b1, b2=1 - (1 - b1) / 4)
+        state = optimizer.init(g[0])
+        _, state = optimizer.update(g[0], state)
+        return optimizer.update(g[1], state)
+
+    together = jax.vmap(run)(b1, g)
+    for i in range(4):
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: x[i], together), run(b1[i], g[i]), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+@pytest.mark.parametrize("eps_inside", [True, False])
+def test_meta_gradients_are_finite_at_zero_gradients(dtype, eps, eps_inside):
+    def loss(g, b1, b2, eps):
+        optimizer = adamax(0.1, b1, b2, eps, eps_inside=eps_inside)
+        state = optimizer.init(g)
+        update, state = optimizer.update(g, state)
+        update, _ = optimizer.update(2 * g, state)
+        return jnp.sum(jnp.real(update))
+
+    g = jnp.array([0.0, 1.0, -2.0]).astype(dtype)
+    # holomorphic is not needed: the loss is real.
+    for meta in jax.grad(loss, argnums=(0, 1, 2, 3))(g, 0.9, 0.999, eps):
+        chex.assert_tree_all_finite(meta)
+
+
+def test_meta_gradient_through_a_step_is_right():
+    def loss(b1):
+        optimizer = adamax(0.1, b1, 0.99)
+        state = optimizer.init(jnp.zeros(3))
+        x = jnp.array([1.0, -2.0, 0.5])
+        for _ in range(3):
+            update, state = optimizer.update(2 * x, state)
+            x = x + update
+        return jnp.sum(x**2)
+
+    slope = (loss(0.9 + 1e-2) - loss(0.9 - 1e-2)) / 2e-2
+    assert float(jax.grad(loss)(0.9)) == pytest.approx(float(slope), rel=1e-2)
+
+
+def test_non_finite_gradients_are_not_hidden():
+    optimizer = adamax()
+    g = jnp.array([jnp.nan, jnp.inf, 1.0])
+    update, _ = optimizer.update(g, optimizer.init(g))
+    np.testing.assert_array_equal(jnp.isfinite(update), [False, False, True])
+    guarded = optax.apply_if_finite(optimizer, max_consecutive_errors=3)
+    before = guarded.init(g)
+    update, after = guarded.update(g, before)
+    chex.assert_trees_all_equal(after.inner_state, before.inner_state)
+    np.testing.assert_array_equal(update, np.zeros(3))
+
+
+def test_donation():
+    """m and u are different buffers, also where init is compiled."""
+    params = tree()
+    optimizer = adamax()
+    for init in (optimizer.init, jax.jit(optimizer.init)):
+        state = init(params)
+        step = jax.jit(optimizer.update, donate_argnums=1)
+        _, state = step(params, state)
+        _, state = step(params, state)
+        assert int(state[0].count) == 2
+
+
+def test_state_can_be_pickled():
+    optimizer = adamaxw(optax.linear_schedule(0.1, 0.0, 10))
+    params = tree()
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    restored = pickle.loads(pickle.dumps(state))
+    chex.assert_trees_all_equal(restored, state)
+    continued = optimizer.update(params, state, params)
+    chex.assert_trees_all_equal(optimizer.update(params, restored, params), continued)
+
+
+def test_map_params_finds_m_and_u():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    optimizer = adamax()
+    state = optimizer.init(params)
+    marked = optax.tree.map_params(
+        optimizer,
+        lambda leaf: "m or u",
+        state,
+        transform_non_params=lambda leaf: "other",
+    )
+    both = {"a": "m or u", "b": "m or u"}
+    assert marked[0] == ScaleByAdamaxState(count="other", m=both, u=both)
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_injected_hyperparameters(factory):
+    """Traced hyperparameters are those given, to the rounding of float32."""
+    params = tree()
+    plain = factory()
+    injected = optax.inject_hyperparams(factory)()
+    plain_state, injected_state = plain.init(params), injected.init(params)
+    for _ in range(20):
+        updates, plain_state = jax.jit(plain.update)(params, plain_state, params)
+        injected_updates, injected_state = jax.jit(injected.update)(
+            params, injected_state, params
+        )
+        chex.assert_trees_all_close(injected_updates, updates, rtol=3e-6)
+    chex.assert_trees_all_close(injected_state.inner_state, plain_state, rtol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_injected_schedules_keep_the_gradients_dtype(dtype):
+    optimizer = optax.inject_hyperparams(adamaxw, hyperparam_dtype=jnp.float32)(
+        learning_rate=optax.linear_schedule(0.1, 0.0, 10),
+        b1=optax.linear_schedule(0.8, 0.95, 10),
+        weight_decay=optax.linear_schedule(0.1, 0.0, 10),
+    )
+    params = tree(dtype)
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, new_state = jax.jit(optimizer.update)(params, state, params)
+        assert types(updates) == types(params)
+        assert types(new_state) == types(state)
+        state = new_state
+
+
+def test_double_precision_keeps_float32_leaves(x64):
+    params = {"single": jnp.ones(2, jnp.float32), "double": jnp.ones(2, jnp.float64)}
+    optimizer = adamaxw(jnp.float32(0.1), weight_decay=np.float64(0.1))
+    state = optimizer.init(params)
+    updates, new_state = optimizer.update(params, state, params)
+    assert types(updates) == types(params)
+    assert types(new_state) == types(state)
+
+
+def test_version():
+    assert adamax_jax.__version__.count(".") == 2
