@@ -1,0 +1,124 @@
+"""``python -m adamax_jax demo`` as a user types it."""
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "adamax_jax"]
+PNG = b"\x89PNG\r\n"
+
+
+def demo(folder, *arguments, code=0):
+    done = subprocess.run(
+        [*COMMAND, "demo", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_help_without_a_command():
+    done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "demo" in done.stdout
+
+
+def test_version():
+    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == importlib.metadata.version("adamax_jax")
+
+
+def test_training_is_real_and_deterministic(tmp_path):
+    arguments = ["--epochs", "12", "--optimizers", "sgd", "adamax", "--seed", "3"]
+    output = demo(tmp_path, *arguments, "--json", "a.json")
+    assert str(tmp_path / "adamax_demo.png") in output
+    assert (tmp_path / "adamax_demo.png").read_bytes().startswith(PNG)
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert [run["optimizer"] for run in results["runs"]] == ["sgd", "adamax"]
+    for run in results["runs"]:
+        assert len(run["costs"]) == 12
+        assert run["costs"][-1] < run["costs"][0] / 3
+        assert run["test_accuracy"] > 0.9
+    sgd, adamax = results["runs"]
+    parameters = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
+    assert sgd["state_bytes"] == 4 * parameters
+    assert adamax["state_bytes"] == 8 * parameters + 4
+
+    demo(tmp_path, *arguments, "--json", "b.json", "--figure", "b.png")
+    again = json.loads((tmp_path / "b.json").read_text())
+    for run, run_again in zip(results["runs"], again["runs"], strict=True):
+        assert run["costs"] == run_again["costs"]
+        assert run["test_accuracy"] == run_again["test_accuracy"]
+
+
+def test_learning_rate(tmp_path):
+    arguments = ["--epochs", "2", "--optimizers", "adam", "--json", "a.json"]
+    demo(tmp_path, *arguments, "--learning-rate", "adam=0.0123")
+    assert json.loads((tmp_path / "a.json").read_text())["runs"][0][
+        "learning_rate"
+    ] == pytest.approx(0.0123)
+
+
+def test_sweep_marks_one_best(tmp_path):
+    output = demo(tmp_path, "--epochs", "2", "--optimizers", "adamax", "--sweep")
+    assert output.count("  best") == 1
+    assert output.count("AdaMax  ") >= 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizers", "lion"], "adamax"),
+        (["--learning-rate", "lion=1"], "NAME must be one of adagrad, rmsprop"),
+        (["--learning-rate", "adam=fast"], "VALUE must be a number above 0"),
+        (["--learning-rate", "adam=-1"], "VALUE must be a number above 0"),
+        (["--learning-rate", "adam=1", "--optimizers", "sgd"], "adam is not trained"),
+        (["--epochs", "0"], "'0' is not a whole number above 0"),
+    ],
+)
+def test_unknown_values_list_what_is_allowed(tmp_path, arguments, message):
+    assert message in demo(tmp_path, *arguments, code=2)
+
+
+def test_figure_in_a_folder_that_does_not_exist(tmp_path):
+    message = demo(tmp_path, "--figure", "none/figure.png", code=1)
+    assert "no folder none" in message
+
+
+def test_missing_extra_is_reported_as_the_command_that_installs_it(tmp_path):
+    (tmp_path / "flax.py").write_text("raise ImportError")
+    (tmp_path / "tqdm.py").write_text("raise ImportError")
+    message = demo(tmp_path, code=1)
+    assert "needs flax, tqdm" in message
+    assert 'pip install -e ".[demo]"' in message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
+def test_interrupt_leaves_a_figure_of_what_was_done(tmp_path):
+    arguments = ["demo", "--epochs", "100000", "--optimizers", "adamax"]
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    seen = b""
+    deadline = time.monotonic() + 120
+    # tqdm's line shows a cost as soon as one pass is done.
+    while b"cost=" not in seen and time.monotonic() < deadline:
+        seen += process.stdout.read1()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output.decode()
+    assert b"AdaMax" in output
+    assert b"Traceback" not in output
+    assert (tmp_path / "adamax_demo.png").read_bytes().startswith(PNG)

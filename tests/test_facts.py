@@ -1,0 +1,118 @@
+"""The table of the README: each case in Optax's AdaMax, and here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adamax_jax
+
+OPTAX_IS_THE_README_S = pytest.mark.skipif(
+    optax.__version__ != "0.2.8", reason="the README's table is about Optax 0.2.8"
+)
+
+
+def both(optax_value, our_value):
+    """Runs a test for Optax's module and ours, with what each is expected to give."""
+    return pytest.mark.parametrize(
+        ("module", "expected"),
+        [
+            pytest.param(optax, optax_value, marks=OPTAX_IS_THE_README_S, id="optax"),
+            pytest.param(adamax_jax, our_value, id="adamax_jax"),
+        ],
+    )
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """JAX as it comes; one test asks for strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def first_step(module, params, gradients):
+    optimizer = module.adamax(1e-3)
+    state = optimizer.init(params)
+    updates, new_state = optimizer.update(gradients, state, params)
+    return state[0], updates, new_state[0]
+
+
+@both(np.nan, 0)
+def test_float16_zero_gradient(module, expected):
+    zero = jnp.zeros(1, jnp.float16)
+    _, update, _ = first_step(module, zero, zero)
+    np.testing.assert_array_equal(update, expected)
+
+
+@both(1.0, 0.999**2000)
+def test_bfloat16_u_after_a_spike(module, expected):
+    g = jnp.ones(1, jnp.bfloat16)
+    optimizer = module.scale_by_adamax()
+    _, state = optimizer.update(g, optimizer.init(g))
+    decay = jax.jit(lambda state: optimizer.update(0 * g, state)[1])
+    for _ in range(2000):
+        state = decay(state)
+    assert float(state[-1][0]) == pytest.approx(expected, rel=1e-4)
+
+
+@both(False, True)
+def test_state_dtype_is_fixed_by_init(module, expected):
+    params = jnp.ones(1, jnp.bfloat16)
+    before, _, after = first_step(module, params, jnp.ones(1, jnp.float32))
+    same = jax.tree.map(jax.typeof, before) == jax.tree.map(jax.typeof, after)
+    assert same == expected
+
+
+@both(False, True)
+def test_none_gradient_keeps_the_state(module, expected):
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    before, _, after = first_step(module, params, {"a": jnp.ones(1), "b": None})
+    assert (jax.tree.structure(before) == jax.tree.structure(after)) == expected
+
+
+@both(False, True)
+@pytest.mark.parametrize(
+    ("params", "gradients"),
+    [(jnp.ones(3), jnp.ones([])), (jnp.arange(3), jnp.ones(3))],
+    ids=["broadcast", "integer"],
+)
+def test_bad_input_is_refused(module, expected, params, gradients):
+    try:
+        first_step(module, {"a": params}, {"a": gradients})
+    except (TypeError, ValueError) as error:
+        assert expected
+        assert "['a']" in str(error)
+    else:
+        assert not expected
+
+
+@both(jnp.complex64, jnp.float32)
+def test_dtype_of_u_for_complex_parameters(module, expected):
+    params = jnp.ones(1, jnp.complex64)
+    state, _, _ = first_step(module, params, params)
+    assert state[-1].dtype == expected
+
+
+@both(False, True)
+def test_strict_promotion(module, expected):
+    with jax.numpy_dtype_promotion("strict"):
+        try:
+            first_step(module, jnp.ones(1), jnp.ones(1))
+        except jax.dtypes.TypePromotionError:
+            assert not expected
+        else:
+            assert expected
+
+
+@both(2e-4, 2e-6)
+def test_error_of_a_constant_gradients_update(module, expected):
+    g = jnp.ones(1)
+    optimizer = module.scale_by_adamax(0.9999)
+    state = optimizer.init(g)
+    step = jax.jit(optimizer.update)
+    worst = 0.0
+    for _ in range(100):
+        update, state = step(g, state)
+        worst = max(worst, abs(float(update[0]) - 1))
+    assert worst == pytest.approx(expected, rel=0.25)
