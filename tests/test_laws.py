@@ -3,6 +3,7 @@
 import functools
 
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -97,21 +98,37 @@ def test_flipping_signs_flips_updates(g, decays, options):
     np.testing.assert_array_equal(flipped_u, u)
 
 
+def assert_same(actual, expected):
+    """Equal to the last bit in u, and in m and the update but for rounding.
+
+    Another leaf size or lane may fuse the products of m differently.
+    """
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(actual[1].u, expected[1].u)
+
+
 @given(sequences, st.permutations(range(SIZE)), decays, options)
 def test_permuting_coordinates_permutes_updates(g, order, decays, options):
-    for result, permuted in zip(
-        run(g, *decays, **options), run(g[:, order], *decays, **options), strict=True
-    ):
-        np.testing.assert_array_equal(permuted, result[:, order])
+    run = compiled(*decays, **options)
+    permuted = run(jnp.asarray(g[:, order]))
+    order = np.array(order)
+    expected = jax.tree.map(lambda x: x if x.ndim < 2 else x[:, order], run(g))
+    assert_same(permuted, expected)
 
 
 @given(sequences, decays, options)
 def test_leaf_by_leaf_is_the_same_as_concatenated(g, decays, options):
     run = compiled(*decays, **options)
-    whole, _ = run(jnp.asarray(g))
-    parts, _ = run({"a": jnp.asarray(g[:, 0]), "b": [jnp.asarray(g[:, 1:])]})
-    np.testing.assert_array_equal(parts["a"], whole[:, 0])
-    np.testing.assert_array_equal(parts["b"][0], whole[:, 1:])
+    whole = run(jnp.asarray(g))
+    parts = run({"a": jnp.asarray(g[:, :1]), "b": [jnp.asarray(g[:, 1:])]})
+
+    def concatenate(tree):
+        return jnp.concatenate([tree["a"], tree["b"][0]], axis=1)
+
+    update, state = parts
+    state = state._replace(m=concatenate(state.m), u=concatenate(state.u))
+    assert_same((concatenate(update), state), whole)
 
 
 @given(sequences, decays)
