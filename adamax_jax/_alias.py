@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from adamax_jax._checks import check_finite
+from adamax_jax._checks import check_finite, check_shapes
 from adamax_jax._transform import scale_by_adamax
 
 
@@ -36,9 +36,10 @@ def adamax(
     positional arguments and their meaning are those of ``optax.adamax``.
 
     Args:
-      learning_rate: The largest change of a parameter in one step (to within 0.91 % at
-        the default decay rates), in the parameter's unit: a number, a scalar array, or
-        a schedule from the count of updates, starting at 0.
+      learning_rate: The largest change of a parameter in one step (without
+        ``nesterov`` and at the default decay rates, to within 0.91 %), in the
+        parameter's unit: a number, a scalar array, or a schedule from the count of
+        updates, starting at 0.
       b1: See :func:`scale_by_adamax`, also for the following arguments.
       b2: Decay rate of the maximum of the gradients.
       eps: Floor of the denominator.
@@ -121,7 +122,7 @@ def adamaxw(
 
     Raises:
       ValueError, TypeError: As :func:`scale_by_adamax`; ValueError also by ``update``
-        without parameters.
+        without parameters, or with parameters of another shape than the gradients.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -151,7 +152,11 @@ def _scale_by_learning_rate(learning_rate):
 
 
 def _add_decayed_weights(weight_decay, mask):
-    """Adds ``weight_decay`` times the parameters, in each update's own dtype."""
+    """Adds ``weight_decay`` times the parameters, keeping the updates' dtypes.
+
+    Optax's transformation adds as dtypes promote, so that the updates may change dtype
+    or strict promotion refuse them, and gives a mask function the updates to look at.
+    """
     scale = _scale("weight_decay", weight_decay, sign=1)
 
     def update_fn(updates, state, params=None):
@@ -160,31 +165,59 @@ def _add_decayed_weights(weight_decay, mask):
                 "adamaxw needs the parameters to decay them: call "
                 "update(gradients, state, params)."
             )
+        check_shapes(updates, params)
+        decays = _broadcast(mask(params) if callable(mask) else mask, params)
         params = jax.tree.map(
-            lambda g, p: None if g is None else jnp.asarray(p, g.dtype),
+            lambda g, p: None if g is None else jnp.asarray(p),
             updates,
             params,
-            is_leaf=lambda g: g is None,
+            is_leaf=_is_none,
         )
         decay, state = scale.update(params, state)
-        return jax.tree.map(jnp.add, updates, decay), state
+        updates = jax.tree.map(
+            lambda g, d, decays: _add(g, d) if g is not None and decays else g,
+            updates,
+            decay,
+            decays,
+            is_leaf=_is_none,
+        )
+        return updates, state
 
-    transformation = optax.GradientTransformation(scale.init, update_fn)
-    return transformation if mask is None else optax.masked(transformation, mask)
+    return optax.GradientTransformation(scale.init, update_fn)
+
+
+def _broadcast(mask, params):
+    """The mask as a tree with a boolean for every parameter."""
+    if mask is None:
+        return jax.tree.map(lambda p: True, params)
+    return jax.tree.map(
+        lambda decays, subtree: jax.tree.map(lambda p: decays, subtree), mask, params
+    )
+
+
+def _add(g, d):
+    """The sum, computed in the wider dtype, float32 at least, and rounded to g's."""
+    wide = max(g.dtype, d.dtype, key=lambda dtype: dtype.itemsize)
+    wide = jnp.float32 if wide.itemsize < 4 else wide
+    return (g.astype(wide) + d.astype(wide)).astype(g.dtype)
+
+
+def _is_none(leaf):
+    return leaf is None
 
 
 def _scale(name, factor, sign):
     """Multiplies updates by a number, an array or a schedule, keeping their dtypes.
 
-    Optax's transformations for this multiply as dtypes promote: an array factor, such
-    as ``inject_hyperparams`` makes, would turn bfloat16 updates into float32 and be
+    ``optax.scale`` multiplies as dtypes promote: an array factor, such as
+    ``inject_hyperparams`` makes, would turn bfloat16 updates into float32 and be
     refused under strict promotion.
     """
     if callable(factor):
         return optax.scale_by_schedule(lambda count: sign * factor(count))
-    factor = sign * check_finite(name, factor)
+    factor = check_finite(name, factor)
     return optax.stateless(
         lambda updates, params: jax.tree.map(
-            lambda g: jnp.asarray(factor, g.dtype) * g, updates
+            lambda g: jnp.asarray(factor, g.dtype) * (sign * g), updates
         )
     )

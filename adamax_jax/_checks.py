@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_decay(name: str, value: Any) -> Any:
@@ -35,12 +36,14 @@ def _check_scalar(name, value, allowed, is_allowed):
             f"{name} must be a number or a scalar array, got the function {value!r}. "
             "To schedule it, wrap the optimizer in optax.inject_hyperparams."
         )
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        # NumPy scalars carry a dtype that would take part in promotion.
+        value = value.item()
     if isinstance(value, numbers.Real):
         if not is_allowed(value):
             raise ValueError(f"{name} must be {allowed}, got {value!r}.")
-        # NumPy scalars carry a dtype that would take part in promotion.
         return float(value)
-    if not hasattr(value, "dtype"):
+    if not hasattr(value, "dtype") or jnp.iscomplexobj(value):
         raise TypeError(f"{name} must be a number or a scalar array, got {value!r}.")
     if jnp.shape(value) != ():
         raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")
@@ -50,14 +53,15 @@ def _check_scalar(name, value, allowed, is_allowed):
 def check_params(params: Any) -> None:
     """Refuses parameter leaves for which a moving average makes no sense."""
     for path, leaf in jax.tree.leaves_with_path(params):
-        try:
-            dtype = jnp.result_type(leaf)
-        except TypeError as error:
+        if isinstance(leaf, type) or not (
+            hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
+        ):
             raise TypeError(
                 f"The parameter at {_name(path)} is not an array: {leaf!r}. "
                 "Give init the arrays alone (with Equinox: "
                 "eqx.filter(model, eqx.is_inexact_array))."
-            ) from error
+            )
+        dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"The parameter at {_name(path)} has dtype {dtype}; AdaMax needs "
@@ -79,6 +83,19 @@ def check_gradients(updates: Any, m: Any) -> None:
         if problem:
             path, _ = jax.tree.leaves_with_path(updates, is_leaf=_is_none)[index]
             raise problem[0](f"The gradient at {_name(path)} has {problem[1]}")
+
+
+def check_shapes(updates: Any, params: Any) -> None:
+    """Refuses parameters of another shape than the gradients."""
+
+    def check(path, g, p):
+        if g is not None and jnp.shape(g) != jnp.shape(p):
+            raise ValueError(
+                f"The gradient at {_name(path)} has shape {jnp.shape(g)}, but the "
+                f"parameter has shape {jnp.shape(p)}."
+            )
+
+    jax.tree_util.tree_map_with_path(check, updates, params, is_leaf=_is_none)
 
 
 def _leaf_problem(g, moment):
@@ -106,17 +123,19 @@ def _leaf_problem(g, moment):
 def _structure_message(updates, m):
     """Names the first path at which the two trees differ."""
     given = dict(jax.tree.leaves_with_path(updates, is_leaf=_is_none))
-    expected = dict(jax.tree.leaves_with_path(m))
+    expected = dict(jax.tree.leaves_with_path(m, is_leaf=_is_none))
     without_gradient = [path for path, g in given.items() if g is None]
-    for path in expected:
+    for path, moment in expected.items():
         covered = any(path[: len(none)] == none for none in without_gradient)
         if path not in given and not covered:
+            shape = "None" if moment is None else f"one of shape {moment.shape}"
             return (
                 f"The gradients have no leaf at {_name(path)}, where the optimizer "
-                f"state has one of shape {expected[path].shape}."
+                f"state has {shape}."
             )
-    for path, g in given.items():
-        if path not in expected and g is not None:
+    for path in given:
+        covered = any(state_path[: len(path)] == path for state_path in expected)
+        if not covered:
             return (
                 f"The gradients have a leaf at {_name(path)}, where the optimizer "
                 "state has none."

@@ -1,4 +1,4 @@
-"""``python -m adamax_jax demo``: figure 2 of the Adam paper, with AdaMax in it.
+"""Figure 2 of the Adam paper, redrawn with AdaMax in it.
 
 A multilayer perceptron with dropout learns the 1797 handwritten digits that
 scikit-learn ships, with AdaMax and five other optimizers.
@@ -93,7 +93,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=_seed,
         default=0,
         help="of the weights, the order of the data and the dropout (default: 0)",
     )
@@ -121,7 +121,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--figure",
-        type=Path,
+        type=_png,
         default=Path("adamax_demo.png"),
         metavar="PATH",
         help="where to save the figure, a PNG (default: %(default)s)",
@@ -136,6 +136,19 @@ def _positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number below 2^32")
+    return int(text)
+
+
+def _png(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return path
 
 
 def _learning_rate(text: str) -> tuple[str, float]:
@@ -163,11 +176,10 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    for path in (options.figure, options.json):
-        if path is not None and not path.parent.is_dir():
-            print(
-                f"There is no folder {path.parent} to save {path} in.", file=sys.stderr
-            )
+    for path in filter(None, (options.figure, options.json)):
+        if path.is_dir() or not path.parent.is_dir():
+            reason = "it is a folder" if path.is_dir() else f"no folder {path.parent}"
+            print(f"Cannot save to {path}: {reason}.", file=sys.stderr)
             return 1
 
     rates = {name: CONTENDERS[name].learning_rate for name in options.optimizers}
@@ -303,9 +315,22 @@ def _train(run: Run, data: Digits, epochs: int, seed: int) -> Iterator[float]:
 
 
 def _report(runs: list[Run], options: argparse.Namespace) -> None:
+    """Saves what was asked for, then prints it: the reader of a pipe may have left."""
     best = {}
     for run in sorted(runs, key=lambda run: run.final_cost):
         best.setdefault(run.optimizer, run)
+    _draw(
+        [best[name] for name in dict.fromkeys(run.optimizer for run in runs)], options
+    )
+    if options.json is not None:
+        results = {
+            "epochs": options.epochs,
+            "seed": options.seed,
+            "environment": _environment(),
+            "runs": [asdict(run) | {"final_cost": run.final_cost} for run in runs],
+        }
+        options.json.write_text(json.dumps(_without_nan(results), indent=1) + "\n")
+
     print()
     print(
         f"{'optimizer':<12} {'learning rate':>13} {'training cost':>13} "
@@ -320,22 +345,21 @@ def _report(runs: list[Run], options: argparse.Namespace) -> None:
         )
     print(
         f"\nTraining cost: mean cross-entropy with dropout, in nats, over the last "
-        f"{FINAL_PASSES} of {options.epochs} passes; seed {options.seed}; "
-        f"{_environment()}."
-    )
-    _draw(
-        [best[name] for name in dict.fromkeys(run.optimizer for run in runs)], options
+        f"{min(FINAL_PASSES, options.epochs)} of {options.epochs} passes; "
+        f"seed {options.seed}; {_environment()}."
     )
     print(f"Figure: {options.figure.resolve()}")
     if options.json is not None:
-        results = {
-            "epochs": options.epochs,
-            "seed": options.seed,
-            "environment": _environment(),
-            "runs": [asdict(run) | {"final_cost": run.final_cost} for run in runs],
-        }
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
         print(f"Numbers: {options.json.resolve()}")
+
+
+def _without_nan(value):
+    """JSON has no NaN and no infinity: None in their place."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _environment() -> str:
@@ -366,7 +390,7 @@ def _draw(runs: list[Run], options: argparse.Namespace) -> None:
     axes.set_ylabel("training cost (cross-entropy with dropout, nats)")
     axes.set_title(
         "Multilayer perceptron with dropout, handwritten digits\n"
-        f"faint: each pass; strong: mean over {2 * NEIGHBOURS + 1} passes",
+        f"faint: each pass; strong: geometric mean over {2 * NEIGHBOURS + 1} passes",
         fontsize="medium",
     )
     axes.set_xlim(1, max(2, *(len(run.costs) for run in runs)))

@@ -82,7 +82,9 @@ def scale_by_adamax(
         TensorFlow and MLX.
 
     ``b1``, ``b2`` and ``eps`` may be traced scalars, for instance those of
-    ``optax.inject_hyperparams``; only Python and NumPy numbers are range-checked.
+    ``optax.inject_hyperparams`` (with half-precision parameters pass that
+    ``hyperparam_dtype=jnp.float32``: in bfloat16 ``b2=0.999`` is 1); only Python and
+    NumPy numbers are range-checked.
 
     Returns:
       A transformation whose state is a :class:`ScaleByAdamaxState`.
@@ -220,11 +222,13 @@ def _adamax(g, norm, m, u, c, nesterov):
 def _one_minus_power(b, t):
     """1 - b^t, exact to rounding also for b close to 1: -expm1(t log b)."""
     if isinstance(b, float):
-        log_b = math.log(b) if b > 0 else -math.inf
-    else:
-        # b - 1 is exact for b >= 1/2; below, b^t is too small to need it exact.
-        log_b = jnp.log1p(jnp.asarray(b, float) - 1)
-    return -jnp.expm1(t * log_b)
+        return -jnp.expm1(t * math.log(b)) if b > 0 else jnp.ones_like(t)
+    b = jnp.asarray(b, float)
+    is_zero = b == 0
+    # b - 1 is exact for b >= 1/2; below, b^t is too small to need it exact. The inner
+    # where keeps the derivative at b = 0, which is that of b^t, from becoming NaN.
+    log_b = jnp.log1p(jnp.where(is_zero, 1, b) - 1)
+    return jnp.where(is_zero, 1 - b**t, -jnp.expm1(t * log_b))
 
 
 def _wide(leaf):

@@ -82,15 +82,30 @@ def test_sweep_marks_one_best(tmp_path):
         (["--learning-rate", "adam=-1"], "VALUE must be a number above 0"),
         (["--learning-rate", "adam=1", "--optimizers", "sgd"], "adam is not trained"),
         (["--epochs", "0"], "'0' is not a whole number above 0"),
+        (["--seed", "-1"], "'-1' is not a whole number below 2^32"),
+        (["--figure", "a.pdf"], "'a.pdf' does not end in .png"),
     ],
 )
 def test_unknown_values_list_what_is_allowed(tmp_path, arguments, message):
     assert message in demo(tmp_path, *arguments, code=2)
 
 
-def test_figure_in_a_folder_that_does_not_exist(tmp_path):
-    message = demo(tmp_path, "--figure", "none/figure.png", code=1)
-    assert "no folder none" in message
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--figure", "none/figure.png"], "no folder none"),
+        (["--json", "."], "it is a folder"),
+    ],
+)
+def test_what_cannot_be_saved_is_said_before_training(tmp_path, arguments, message):
+    assert message in demo(tmp_path, *arguments, code=1)
+
+
+def test_divergence_is_valid_json(tmp_path):
+    arguments = ["--epochs", "1", "--optimizers", "sgd", "--json", "a.json"]
+    demo(tmp_path, *arguments, "--learning-rate", "sgd=1e30")
+    assert "NaN" not in (tmp_path / "a.json").read_text()
+    assert json.loads((tmp_path / "a.json").read_text())["runs"][0]["costs"] == [None]
 
 
 def test_missing_extra_is_reported_as_the_command_that_installs_it(tmp_path):

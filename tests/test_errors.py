@@ -9,7 +9,7 @@ import pytest
 from adamax_jax import adamax, adamaxw, scale_by_adamax
 
 FACTORIES = [scale_by_adamax, adamax, adamaxw]
-NUMBERS = [float, np.float32, np.float64]
+NUMBERS = [float, np.float32, np.float64, np.array]
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -134,6 +134,37 @@ def test_gradients_of_another_kind_of_number(params, gradient, message):
     optimizer = adamax()
     with pytest.raises(TypeError, match=rf"gradient at \['a'\] has {message}"):
         optimizer.update({"a": gradient}, optimizer.init({"a": params}))
+
+
+@pytest.mark.parametrize("leaf", ["float32", jnp.float32])
+def test_names_of_dtypes_are_not_parameters(leaf):
+    with pytest.raises(TypeError, match=r"\['a'\] is not an array"):
+        adamax().init({"a": leaf})
+
+
+@pytest.mark.parametrize("value", [1j, jnp.array(1j), np.array(1j)])
+def test_complex_hyperparameters(value):
+    with pytest.raises(TypeError, match="b1 must be a number or a scalar array"):
+        adamax(b1=value)
+
+
+@pytest.mark.parametrize("extra", [None, jnp.ones(2)])
+def test_gradients_with_one_more_leaf(extra):
+    optimizer = adamax()
+    with pytest.raises(ValueError, match=r"a leaf at \['c'\]"):
+        optimizer.update(
+            {"a": jnp.ones(1), "c": extra}, optimizer.init({"a": jnp.ones(1)})
+        )
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 3), ()])
+def test_weight_decay_of_parameters_of_another_shape(shape):
+    optimizer = adamaxw()
+    state = optimizer.init({"a": jnp.ones(3)})
+    with pytest.raises(
+        ValueError, match=r"\['a'\] has shape \(3,\), but the parameter"
+    ):
+        optimizer.update({"a": jnp.ones(3)}, state, {"a": jnp.ones(shape)})
 
 
 def test_weight_decay_needs_parameters():

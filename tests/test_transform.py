@@ -213,6 +213,16 @@ def test_meta_gradients_are_finite_at_zero_gradients(dtype, eps, eps_inside):
         chex.assert_tree_all_finite(meta)
 
 
+def test_meta_gradient_at_b1_zero():
+    def loss(b1):
+        optimizer = scale_by_adamax(b1, 0.9, eps=0.0)
+        _, state = optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(1)))
+        return optimizer.update(jnp.full(1, 2.0), state)[0].sum()
+
+    # m_2 / (1 - b1^2) is (b1 + 2) / (1 + b1) and u_2 is 2: the slope at 0 is -1/2.
+    assert float(jax.grad(loss)(0.0)) == pytest.approx(-0.5)
+
+
 def test_meta_gradient_through_a_step_is_right():
     def loss(b1):
         optimizer = adamax(0.1, b1, 0.99)

@@ -1,0 +1,117 @@
+"""The ready-made optimizers against the reference, in every dtype."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from sequences import descend, gradients
+
+from adamax_jax import adamax, adamaxw
+
+STEPS, RATE, DECAY = 20, 0.01, 0.1
+
+
+def expected_params(params, g, weight_decay, **options):
+    """The parameters after each step in float64."""
+    for step in reference.adamax(g, **options):
+        params = params - RATE * (step.update + weight_decay * params)
+        yield params
+
+
+@pytest.mark.parametrize("eps_inside", [True, False])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        jnp.float16,
+        jnp.bfloat16,
+        jnp.float32,
+        jnp.float64,
+        jnp.complex64,
+        jnp.complex128,
+    ],
+)
+def test_parameters_follow_the_reference(x64, dtype, decoupled, nesterov, eps_inside):
+    """Gradients in any dtype, parameters in float32 or wider."""
+    options = {"nesterov": nesterov, "eps_inside": eps_inside, "eps": 0.1}
+    g = gradients(steps=STEPS, decades=2)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        g = g + 1j * gradients(steps=STEPS, decades=2, seed=1)
+    g = jnp.asarray(g).astype(dtype)
+    wide = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+    params = jnp.linspace(-2, 2, g.shape[1]).astype(wide)
+    exact_g = np.asarray(g.astype(wide)).astype(np.result_type(wide, np.float64))
+    exact = expected_params(
+        np.asarray(params).astype(exact_g.dtype), exact_g, DECAY * decoupled, **options
+    )
+    optimizer = (
+        adamaxw(RATE, weight_decay=DECAY, **options)
+        if decoupled
+        else adamax(RATE, **options)
+    )
+
+    @jax.jit
+    def step(params, state, g):
+        updates, state = optimizer.update(g, state, params)
+        assert updates.dtype == dtype
+        return params + updates.astype(wide), state
+
+    # An update is rounded thrice in the gradient's dtype, the learning rate among it.
+    atol = 1.5 * RATE * float(jnp.finfo(dtype).eps) * 1.5 + 4 * float(
+        jnp.finfo(wide).eps
+    )
+    state = optimizer.init(params)
+    for t, (g_t, exact_t) in enumerate(zip(g, exact, strict=True), start=1):
+        params, state = step(params, state, g_t)
+        np.testing.assert_allclose(params, exact_t, rtol=0, atol=t * atol)
+
+
+def test_mask_function_is_given_the_parameters():
+    """Not the updates, whose dtype may differ; and None gradients do not disturb it."""
+    params = {"a": jnp.ones(2), "c": {"d": jnp.ones([2, 2])}}
+    seen = []
+
+    def mask(tree):
+        seen.append(jax.tree.map(lambda p: p.dtype, tree))
+        return jax.tree.map(lambda p: p.ndim > 1, tree)
+
+    optimizer = adamaxw(1.0, weight_decay=0.5, mask=mask)
+    grads = {
+        "a": jnp.zeros(2, jnp.bfloat16),
+        "c": {"d": jnp.zeros([2, 2], jnp.bfloat16)},
+    }
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert all(dtypes["a"] == jnp.float32 for dtypes in seen)
+    np.testing.assert_array_equal(updates["a"].astype(jnp.float32), np.zeros(2))
+    np.testing.assert_array_equal(updates["c"]["d"].astype(jnp.float32), -0.5)
+    for missing in ({"d": None}, None):
+        grads = {"a": jnp.zeros(2), "c": missing}
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        assert updates["c"] == missing
+
+
+def test_decay_of_parameters_beyond_the_gradients_range():
+    """float16 gradients, a float32 parameter above 65504: the decay is finite."""
+    params = jnp.full(1, 1e5)
+    optimizer = adamaxw(1e-3, weight_decay=1e-4)
+    g = jnp.ones(1, jnp.float16)
+    updates, _ = optimizer.update(g, optimizer.init(params), params)
+    assert float(updates[0]) == pytest.approx(-1e-3 * (1 + 10), rel=2e-3)
+
+
+def test_quadratic_is_minimised():
+    params = jnp.array([1.0, -2.0, 3.0])
+    optimizer = adamax(optax.linear_schedule(0.1, 0.0, 400))
+    state = optimizer.init(params)
+    for _ in range(400):
+        updates, state = optimizer.update(2 * params, state)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params, np.zeros(3), atol=1e-2)
+
+
+def test_unsigned_learning_rate_points_downhill():
+    (params,) = descend(adamax(jnp.uint8(1)), jnp.zeros(1), [jnp.ones(1)])
+    assert float(params[0]) == pytest.approx(-1)
