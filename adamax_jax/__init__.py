@@ -4,6 +4,8 @@ from importlib.metadata import version
 
 from adamax_jax._alias import adamax as adamax
 from adamax_jax._alias import adamaxw as adamaxw
+from adamax_jax._convert import convert_state as convert_state
+from adamax_jax._convert import moments as moments
 from adamax_jax._transform import ScaleByAdamaxState as ScaleByAdamaxState
 from adamax_jax._transform import scale_by_adamax as scale_by_adamax
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from adamax_jax._checks import check_finite, check_shapes
 from adamax_jax._transform import scale_by_adamax
@@ -20,6 +20,8 @@ def adamax(
     *,
     nesterov: bool = False,
     eps_inside: bool = True,
+    m_dtype: DTypeLike | None = None,
+    u_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaMax: Adam with the infinity norm in place of the second moment.
 
@@ -45,6 +47,8 @@ def adamax(
       eps: Floor of the denominator.
       nesterov: Whether to look one step ahead in the mean.
       eps_inside: Whether ``eps`` is added inside the maximum.
+      m_dtype: What m is stored in; None: the parameter's dtype.
+      u_dtype: What u is stored in; None: the parameter's dtype.
 
     Returns:
       An optimizer whose updates are to be added to the parameters
@@ -75,7 +79,15 @@ def adamax(
       <https://arxiv.org/abs/1412.6980>`_, 2014, section 7.1.
     """
     return optax.chain(
-        scale_by_adamax(b1, b2, eps, nesterov=nesterov, eps_inside=eps_inside),
+        scale_by_adamax(
+            b1,
+            b2,
+            eps,
+            nesterov=nesterov,
+            eps_inside=eps_inside,
+            m_dtype=m_dtype,
+            u_dtype=u_dtype,
+        ),
         _scale_by_learning_rate(learning_rate),
     )
 
@@ -90,6 +102,8 @@ def adamaxw(
     *,
     nesterov: bool = False,
     eps_inside: bool = True,
+    m_dtype: DTypeLike | None = None,
+    u_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaMax with decoupled weight decay.
 
@@ -116,6 +130,8 @@ def adamaxw(
         parameters. None: all of them.
       nesterov: Whether to look one step ahead in the mean.
       eps_inside: Whether ``eps`` is added inside the maximum.
+      m_dtype: What m is stored in; None: the parameter's dtype.
+      u_dtype: What u is stored in; None: the parameter's dtype.
 
     Returns:
       An optimizer as :func:`adamax` returns; its ``update`` needs the parameters.
@@ -140,7 +156,15 @@ def adamaxw(
       <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
     return optax.chain(
-        scale_by_adamax(b1, b2, eps, nesterov=nesterov, eps_inside=eps_inside),
+        scale_by_adamax(
+            b1,
+            b2,
+            eps,
+            nesterov=nesterov,
+            eps_inside=eps_inside,
+            m_dtype=m_dtype,
+            u_dtype=u_dtype,
+        ),
         _add_decayed_weights(weight_decay, mask),
         _scale_by_learning_rate(learning_rate),
     )

@@ -12,14 +12,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamax_jax._storage import is_ratio
+
+_FLOATS = (
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+)
+_COMPLEX_PARTS = (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
+
 
 def check_decay(name: str, value: Any) -> Any:
     """Returns a decay rate, refusing a number outside [0, 1)."""
+    _check_precision(name, value)
     return _check_scalar(name, value, "in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def check_eps(name: str, value: Any) -> Any:
     """Returns a floor of the denominator, refusing a negative or infinite number."""
+    _check_precision(name, value)
     return _check_scalar(
         name, value, "finite and at least 0", lambda x: 0 <= x < math.inf
     )
@@ -28,6 +42,48 @@ def check_eps(name: str, value: Any) -> Any:
 def check_finite(name: str, value: Any) -> Any:
     """Returns a factor, refusing an infinite number or NaN."""
     return _check_scalar(name, value, "finite", math.isfinite)
+
+
+def check_dtype(name: str, value: Any, integer: str) -> Any:
+    """Returns what to store in as a dtype, refusing what has no meaning here."""
+    if value is None:
+        return None
+    allowed = (*_FLOATS, integer)
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be None or one of {', '.join(allowed)}, got {value!r}."
+        ) from error
+    if dtype.name not in allowed:
+        raise ValueError(
+            f"{name} must be None or one of {', '.join(allowed)}, got {dtype.name}."
+        )
+    return dtype
+
+
+def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
+    """Refuses one byte for m, stored as its ratio to u, where that is not bounded."""
+    if m_dtype is None or not is_ratio(m_dtype):
+        return
+    if isinstance(b1, float) and isinstance(b2, float) and b1 >= b2:
+        raise ValueError(
+            f"m_dtype={m_dtype.name} stores m/u, which is bounded only for b1 < b2, "
+            f"got b1={b1} and b2={b2}. Use bfloat16 or float32 for m."
+        )
+
+
+def _check_precision(name, value):
+    """Refuses hyperparameters that were rounded to half precision."""
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, numbers.Real) or dtype is None:
+        return
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        raise TypeError(
+            f"{name} has dtype {dtype}, in which 0.999 is 1 and 1e-8 may be 0. If it "
+            "comes from optax.inject_hyperparams, which casts to the parameters' "
+            "dtype, pass that hyperparam_dtype=jnp.float32."
+        )
 
 
 def _check_scalar(name, value, allowed, is_allowed):
@@ -50,8 +106,8 @@ def _check_scalar(name, value, allowed, is_allowed):
     return value
 
 
-def check_params(params: Any) -> None:
-    """Refuses parameter leaves for which a moving average makes no sense."""
+def check_params(params: Any, m_dtype: Any) -> None:
+    """Refuses parameter leaves that have no moving average, or not in m_dtype."""
     for path, leaf in jax.tree.leaves_with_path(params):
         if isinstance(leaf, type) or not (
             hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
@@ -67,6 +123,18 @@ def check_params(params: Any) -> None:
                 f"The parameter at {_name(path)} has dtype {dtype}; AdaMax needs "
                 "floating-point or complex parameters. Leave it out with optax.masked."
             )
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            check_complex(path, dtype, m_dtype)
+
+
+def check_complex(path: Any, dtype: Any, m_dtype: Any) -> None:
+    """Refuses an m_dtype that has no complex counterpart for a complex leaf."""
+    if m_dtype not in _COMPLEX_PARTS:
+        raise TypeError(
+            f"The parameter at {_name(path)} has dtype {dtype}, whose m cannot be "
+            f"stored in {m_dtype.name}: use None, float32 or float64, or leave it "
+            "to another optimizer with optax.partition."
+        )
 
 
 def check_gradients(updates: Any, m: Any) -> None:

@@ -3,6 +3,12 @@
 import jax
 import numpy as np
 
+STORAGES = {
+    "own": {},
+    "bfloat16": {"m_dtype": "bfloat16", "u_dtype": "bfloat16"},
+    "two bytes": {"m_dtype": "int8", "u_dtype": "uint8"},
+}
+
 
 def gradients(steps=1000, size=64, seed=0, decades=12, zeros=0.1):
     """Gradients in float64: log-uniform over decades, sign flips, zeros.

@@ -7,7 +7,7 @@ import pytest
 import reference
 from sequences import gradients, trajectory
 
-from adamax_jax import scale_by_adamax
+from adamax_jax import moments, scale_by_adamax
 
 # Decay rates that float32 holds exactly, so that the only errors are roundings ...
 EXACT = (0.875, 1 - 2**-10)
@@ -80,7 +80,8 @@ def test_complex_gradients_count_by_their_modulus(
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn])
 def test_half_precision_gradients_are_computed_in_float32(dtype):
     g = jnp.asarray(gradients(decades=4), jnp.float32).astype(dtype)
-    update, state = trajectory(scale_by_adamax(*EXACT), g)
+    optimizer = scale_by_adamax(*EXACT, m_dtype="float32", u_dtype="float32")
+    update, state = trajectory(optimizer, g)
     assert state.u.dtype == state.m.dtype == jnp.float32
     assert update.dtype == dtype
     exact = np.asarray(g.astype(jnp.float32), np.float64)
@@ -103,7 +104,10 @@ def test_u_decays_after_a_spike(dtype):
     """2000 zero gradients after a spike of 1 leave 0.999^2000; bfloat16 kept 1.0."""
     g = jnp.zeros([2001, 1], dtype).at[0].set(1)
     update, state = trajectory(scale_by_adamax(), g)
-    assert float(state.u[-1, 0]) == pytest.approx(0.999**2000, rel=1e-4)
+    _, u = moments(jax.tree.map(lambda x: x[-1], state))
+    # Rounded once, in storage, and never again; float32 multiplies 2000 times.
+    once = {jnp.float16: 2**-11, jnp.bfloat16: 2**-8, jnp.float32: 1e-4}
+    assert float(u[0]) == pytest.approx(0.999**2000, rel=once[dtype])
     assert bool(jnp.all(jnp.isfinite(update)))
 
 

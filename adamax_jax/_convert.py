@@ -1,0 +1,131 @@
+"""Reading the state as numbers, and storing it in other dtypes."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from adamax_jax import _storage
+from adamax_jax._checks import check_complex, check_dtype
+from adamax_jax._transform import ScaleByAdamaxState
+
+
+def moments(state: optax.OptState) -> tuple[optax.Updates, optax.Updates]:
+    """The mean and the infinity norm of the gradients, however they are stored.
+
+    Args:
+      state: A :class:`ScaleByAdamaxState`, or an optimizer's state with one in it.
+
+    Returns:
+      The trees m and u, in float32 (float64 and complex where they are stored so),
+      shaped as the parameters.
+
+    Raises:
+      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in the state.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from adamax_jax import adamax, moments
+      >>> optimizer = adamax(m_dtype="int8", u_dtype="uint8")
+      >>> gradient = jnp.array([2.0, -0.5])
+      >>> _, state = optimizer.update(gradient, optimizer.init(gradient))
+      >>> m, u = moments(state)
+      >>> [round(float(x), 3) for x in m], [round(float(x), 3) for x in u]
+      ([0.201, -0.05], [1.998, 0.5])
+    """
+    found = [leaf for leaf in _leaves(state) if isinstance(leaf, ScaleByAdamaxState)]
+    if len(found) != 1:
+        raise ValueError(f"The state holds {len(found)} ScaleByAdamaxState, not one.")
+    return _decode(found[0])
+
+
+def convert_state(
+    state: optax.OptState,
+    *,
+    m_dtype: DTypeLike | None = None,
+    u_dtype: DTypeLike | None = None,
+) -> optax.OptState:
+    """The state of a running optimizer, stored in other dtypes.
+
+    Training continues with an optimizer made with the same ``m_dtype`` and ``u_dtype``.
+    Each number is rounded once.
+
+    Args:
+      state: A :class:`ScaleByAdamaxState`, or an optimizer's state with some in it;
+        what else is in it stays as it is.
+      m_dtype: What to store m in, as for :func:`scale_by_adamax`; None: as it is.
+      u_dtype: What to store u in; None: as it is.
+
+    Returns:
+      The state, in the same containers.
+
+    Raises:
+      TypeError, ValueError: If a dtype is not one that :func:`scale_by_adamax` takes,
+        or m is complex and ``m_dtype`` has no complex counterpart.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from adamax_jax import adamax, convert_state
+      >>> params = jnp.ones(1000)
+      >>> state = adamax().init(params)
+      >>> sum(x.nbytes for x in jax.tree.leaves(state))
+      8008
+      >>> state = convert_state(state, m_dtype="int8", u_dtype="uint8")
+      >>> sum(x.nbytes for x in jax.tree.leaves(state))
+      2008
+    """
+    m_dtype = check_dtype("m_dtype", m_dtype, integer="int8")
+    u_dtype = check_dtype("u_dtype", u_dtype, integer="uint8")
+    return jax.tree.map(
+        lambda leaf: (
+            _convert(leaf, m_dtype, u_dtype)
+            if isinstance(leaf, ScaleByAdamaxState)
+            else leaf
+        ),
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, ScaleByAdamaxState),
+    )
+
+
+def _leaves(state):
+    return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByAdamaxState))
+
+
+def _decode(state):
+    u_scale = _array(state.u_scale)
+    u = jax.tree.map(lambda u: _storage.decode_u(u, u_scale), state.u)
+    m = jax.tree.map(_storage.decode_m, state.m, u)
+    return jax.tree.map(_at_least_float32, m), u
+
+
+def _array(scalar):
+    """The array in a scalar that may be wrapped, as Flax NNX does."""
+    (array,) = jax.tree.leaves(scalar)
+    return array
+
+
+def _at_least_float32(x):
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
+def _convert(state, m_dtype, u_dtype):
+    m, u = _decode(state)
+    u_scale, stored_u, next_u = state.u_scale, state.u, u
+    if u_dtype is not None:
+        u_scale = jax.tree.map(jnp.ones_like, u_scale)
+        one = _array(u_scale)
+        stored_u = jax.tree.map(lambda u: _storage.encode_u(u, one, u_dtype), u)
+        next_u = jax.tree.map(lambda u: _storage.decode_u(u, one), stored_u)
+
+    def encode_m(path, m, u, next_u, old):
+        if jnp.iscomplexobj(m):
+            check_complex(path, m.dtype, m_dtype)
+            return m.astype(_storage.complex_dtype(m_dtype)) if m_dtype else m
+        wide = max((m.dtype, u.dtype, next_u.dtype), key=lambda dtype: dtype.itemsize)
+        m, u, next_u = (x.astype(wide) for x in (m, u, next_u))
+        # The nearer of the two neighbours.
+        half = jnp.asarray(0.5, u.dtype)
+        return _storage.encode_m(m, u, next_u, m_dtype or old.dtype, half)
+
+    stored_m = jax.tree_util.tree_map_with_path(encode_m, m, u, next_u, state.m)
+    return state._replace(m=stored_m, u=stored_u, u_scale=u_scale)
