@@ -6,9 +6,7 @@ scikit-learn ships, with AdaMax and five other optimizers.
 
 import argparse
 import functools
-import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +19,8 @@ import numpy as np
 import optax
 
 from adamax_jax._alias import adamax
+from adamax_jax._cli import environment, obstacle, positive_int, write_json
+from adamax_jax._digits import Digits, digits
 
 BATCH = 128
 HIDDEN = 256
@@ -87,7 +87,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--epochs",
-        type=_positive_int,
+        type=positive_int,
         default=200,
         help="passes over the data (default: %(default)s)",
     )
@@ -132,12 +132,6 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number below 2^32")
@@ -168,19 +162,10 @@ def _learning_rate(text: str) -> tuple[str, float]:
 
 def run(options: argparse.Namespace) -> int:
     """Trains, prints the table and saves the figure; returns the exit status."""
-    missing = _missing_packages()
-    if missing:
-        print(
-            f"The demo needs {', '.join(missing)}. In the folder of adamax_jax:\n"
-            '    pip install -e ".[demo]"',
-            file=sys.stderr,
-        )
+    trouble = obstacle("demo", (options.figure, options.json))
+    if trouble is not None:
+        print(trouble, file=sys.stderr)
         return 1
-    for path in filter(None, (options.figure, options.json)):
-        if path.is_dir() or not path.parent.is_dir():
-            reason = "it is a folder" if path.is_dir() else f"no folder {path.parent}"
-            print(f"Cannot save to {path}: {reason}.", file=sys.stderr)
-            return 1
 
     rates = {name: CONTENDERS[name].learning_rate for name in options.optimizers}
     for name, rate in options.learning_rate:
@@ -209,25 +194,10 @@ def run(options: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
-def _missing_packages() -> list[str]:
-    missing = []
-    for module, package in {
-        "flax": "flax",
-        "matplotlib": "matplotlib",
-        "sklearn": "scikit-learn",
-        "tqdm": "tqdm",
-    }.items():
-        try:
-            __import__(module)
-        except ImportError:
-            missing.append(package)
-    return missing
-
-
 def _train_all(runs: list[Run], epochs: int, seed: int) -> None:
     from tqdm import tqdm
 
-    data = _digits()
+    data = digits()
     with tqdm(total=len(runs) * epochs, unit="pass") as progress:
         for run in runs:
             label = CONTENDERS[run.optimizer].label
@@ -235,30 +205,6 @@ def _train_all(runs: list[Run], epochs: int, seed: int) -> None:
             for cost in _train(run, data, epochs, seed):
                 progress.set_postfix(cost=f"{cost:.4f}", refresh=False)
                 progress.update()
-
-
-class Digits(NamedTuple):
-    """Images in [0, 1], shape (n, 64), and labels, shape (n,)."""
-
-    train_images: np.ndarray
-    test_images: np.ndarray
-    train_labels: np.ndarray
-    test_labels: np.ndarray
-
-
-def _digits() -> Digits:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(
-        np.float32(images / 16),
-        np.int32(labels),
-        test_size=0.2,
-        stratify=labels,
-        random_state=0,
-    )
-    return Digits(*map(np.asarray, parts))
 
 
 def _train(run: Run, data: Digits, epochs: int, seed: int) -> Iterator[float]:
@@ -326,10 +272,10 @@ def _report(runs: list[Run], options: argparse.Namespace) -> None:
         results = {
             "epochs": options.epochs,
             "seed": options.seed,
-            "environment": _environment(),
+            "environment": environment(),
             "runs": [asdict(run) | {"final_cost": run.final_cost} for run in runs],
         }
-        options.json.write_text(json.dumps(_without_nan(results), indent=1) + "\n")
+        write_json(options.json, results)
 
     print()
     print(
@@ -346,25 +292,11 @@ def _report(runs: list[Run], options: argparse.Namespace) -> None:
     print(
         f"\nTraining cost: mean cross-entropy with dropout, in nats, over the last "
         f"{min(FINAL_PASSES, options.epochs)} of {options.epochs} passes; "
-        f"seed {options.seed}; {_environment()}."
+        f"seed {options.seed}; {environment()}."
     )
     print(f"Figure: {options.figure.resolve()}")
     if options.json is not None:
         print(f"Numbers: {options.json.resolve()}")
-
-
-def _without_nan(value):
-    """JSON has no NaN and no infinity: None in their place."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _environment() -> str:
-    device = jax.devices()[0].device_kind
-    return f"jax {jax.__version__} on {device}, Python {platform.python_version()}"
 
 
 def _draw(runs: list[Run], options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,14 @@ def test_chain_example():
     # The first step is a learning rate of 0.01 and 1e-3 of it for the decay of ones.
     assert params["kernel"].ravel() == pytest.approx(1 - 1.001e-2)
     assert params["bias"] == pytest.approx(-1e-2)
+
+
+def test_storage_example():
+    names = {"params": jnp.ones(100)}
+    exec(compile(EXAMPLES[2], "README.md", "exec"), names)
+    arrays = [x for x in jax.tree.leaves(names["state"]) if x.ndim]
+    assert sum(x.nbytes for x in arrays) == 200
+    assert names["m"].dtype == names["u"].dtype == jnp.float32
 
 
 def test_links_lead_somewhere():

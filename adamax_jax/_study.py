@@ -1,0 +1,383 @@
+"""What a narrow optimizer state costs in quality.
+
+Four small models learn real data with AdaMax, its state stored in several ways: a
+perceptron, a variational autoencoder, a flow and a transformer. For one seed every
+storage starts from the same weights and sees the same data and noise, so that the
+differences are those of the storage. Optax's AdaMax differs from float32 in rounding
+alone: its row tells how far that goes. The learning rates were chosen on float32.
+"""
+
+import argparse
+import functools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adamax_jax._alias import adamax
+from adamax_jax._cli import environment, obstacle, positive_int, write_json
+from adamax_jax._tasks import TASKS, Problem, Task
+
+# What the other storages are compared to.
+REFERENCE = "float32"
+CURVE_POINTS = 200
+
+# From a learning rate to an optimizer. The parameters are float32 in all of them.
+VARIANTS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "optax float32": optax.adamax,
+    REFERENCE: adamax,
+    "bfloat16/bfloat16": functools.partial(
+        adamax, m_dtype="bfloat16", u_dtype="bfloat16"
+    ),
+    "int8/uint8": functools.partial(adamax, m_dtype="int8", u_dtype="uint8"),
+}
+
+
+@dataclass
+class Run:
+    """One training: a task, a storage and a seed."""
+
+    task: str
+    variant: str
+    seed: int
+    # As the task's `metrics` names them.
+    metrics: list[float]
+    state_bytes: int
+    parameters: int
+    seconds: float
+    # The training loss of every step.
+    losses: np.ndarray
+
+
+def study(
+    tasks: Iterable[str] = tuple(TASKS),
+    variants: Iterable[str] = tuple(VARIANTS),
+    seeds: int = 5,
+    steps: int | None = None,
+) -> Iterator[Run]:
+    """Yields each run as soon as it is done; ``steps`` are the task's if None."""
+    for name in tasks:
+        task = TASKS[name]
+        problem = task.make()
+        measure = jax.jit(problem.measure)
+        trainers = {
+            variant: _Trainer(problem, task, VARIANTS[variant], steps or task.steps)
+            for variant in variants
+        }
+        for seed in range(seeds):
+            for variant, trainer in trainers.items():
+                start = time.perf_counter()
+                params, losses = trainer(seed)
+                yield Run(
+                    task=name,
+                    variant=variant,
+                    seed=seed,
+                    metrics=[float(x) for x in measure(params)],
+                    state_bytes=trainer.state_bytes,
+                    parameters=trainer.parameters,
+                    seconds=time.perf_counter() - start,
+                    losses=np.asarray(losses),
+                )
+
+
+class _Trainer:
+    """Trains one problem with one optimizer: compiled once, for all seeds."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        task: Task,
+        make_optimizer: Callable[[Any], optax.GradientTransformation],
+        steps: int,
+    ):
+        self._problem = problem
+        self._batches = steps, task.batch
+        self._examples = jax.tree.map(jnp.asarray, problem.examples)
+        self._optimizer = make_optimizer(task.schedule(steps))
+        self._train = jax.jit(self._scan)
+        params = jax.eval_shape(problem.init, jax.random.key(0))
+        state = jax.eval_shape(self._optimizer.init, params)
+        self.parameters = sum(x.size for x in jax.tree.leaves(params))
+        self.state_bytes = sum(
+            x.size * x.dtype.itemsize for x in jax.tree.leaves(state)
+        )
+
+    def __call__(self, seed: int) -> tuple[Any, jax.Array]:
+        """The trained parameters and the loss of each step."""
+        init_key, noise_key = jax.random.split(jax.random.key(seed))
+        order = _order(len(jax.tree.leaves(self._examples)[0]), *self._batches, seed)
+        params = self._problem.init(init_key)
+        return self._train(params, self._examples, order, noise_key)
+
+    def _scan(self, params, examples, order, key):
+        def step(carry, now):
+            params, state = carry
+            t, chosen = now
+            batch = jax.tree.map(lambda x: x[chosen], examples)
+            loss, gradients = jax.value_and_grad(self._problem.loss)(
+                params, batch, jax.random.fold_in(key, t)
+            )
+            updates, state = self._optimizer.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), loss
+
+        start = params, self._optimizer.init(params)
+        (params, _), losses = jax.lax.scan(step, start, (jnp.arange(len(order)), order))
+        return params, losses
+
+
+def _order(examples: int, steps: int, batch: int, seed: int) -> np.ndarray:
+    """Which examples each step sees: whole passes, each shuffled anew."""
+    shuffle = np.random.default_rng(seed)
+    passes = math.ceil(steps * batch / examples)
+    order = np.concatenate([shuffle.permutation(examples) for _ in range(passes)])
+    return order[: steps * batch].reshape(steps, batch).astype(np.int32)
+
+
+@dataclass
+class Estimate:
+    """A mean, the standard deviation, and half the 95 % interval of the mean."""
+
+    mean: float
+    deviation: float
+    margin: float
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Student's t; one value has no deviation and no interval (NaN)."""
+    from scipy import stats
+
+    n = len(values)
+    if n < 2:
+        return Estimate(float(np.mean(values)), math.nan, math.nan)
+    deviation = float(np.std(values, ddof=1))
+    margin = float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return Estimate(float(np.mean(values)), deviation, margin)
+
+
+@dataclass
+class Row:
+    """A line of the table: one metric of one task with one storage."""
+
+    task: str
+    metric: str
+    variant: str
+    bytes_per_parameter: float
+    seeds: int
+    value: Estimate
+    # To float32 with the same seed; None for float32 itself or without its runs.
+    difference: Estimate | None
+
+
+def summarize(runs: Iterable[Run]) -> list[Row]:
+    """The table, of the runs there are."""
+    groups: dict[tuple[str, str], dict[int, Run]] = {}
+    for run in runs:
+        groups.setdefault((run.task, run.variant), {})[run.seed] = run
+    rows = []
+    for (task, variant), group in groups.items():
+        reference = groups.get((task, REFERENCE), {})
+        paired = [] if variant == REFERENCE else sorted(group.keys() & reference)
+        one = next(iter(group.values()))
+        for i, metric in enumerate(TASKS[task].metrics):
+            differences = [
+                group[seed].metrics[i] - reference[seed].metrics[i] for seed in paired
+            ]
+            rows.append(
+                Row(
+                    task=task,
+                    metric=metric,
+                    variant=variant,
+                    bytes_per_parameter=one.state_bytes / one.parameters,
+                    seeds=len(group),
+                    value=estimate([run.metrics[i] for run in group.values()]),
+                    difference=estimate(differences) if differences else None,
+                )
+            )
+    # All storages of a metric below each other; the sort keeps their order.
+    places = [(task, metric) for task in TASKS for metric in TASKS[task].metrics]
+    return sorted(rows, key=lambda row: places.index((row.task, row.metric)))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table."""
+    lines = [
+        "| task | metric | state | bytes per parameter | seeds | mean ± sd "
+        "| difference to float32, 95 % interval |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        digits = _digits_to_show(
+            [x.value for x in rows if (x.task, x.metric) == (row.task, row.metric)]
+        )
+        value = f"{row.value.mean:.{digits}f}"
+        if not math.isnan(row.value.deviation):
+            value += f" ± {row.value.deviation:.{digits}f}"
+        difference = ""
+        if row.difference is not None:
+            # Pairs differ less than seeds: one digit more.
+            difference = f"{row.difference.mean:+z.{digits + 1}f}"
+            if not math.isnan(row.difference.margin):
+                difference += f" ± {row.difference.margin:.{digits + 1}f}"
+        lines.append(
+            f"| {row.task} | {row.metric} | {row.variant} "
+            f"| {row.bytes_per_parameter:.2f} | {row.seeds} | {value} | {difference} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _digits_to_show(values: Iterable[Estimate]) -> int:
+    """As many decimals as show two digits of the typical deviation.
+
+    One table column has one format; a training that diverged does not set it.
+    """
+    scales = [value.deviation for value in values if 0 < value.deviation < math.inf]
+    if not scales:
+        return 4
+    return min(8, max(1, 1 - math.floor(math.log10(statistics.median_low(scales)))))
+
+
+def _settings(tasks: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "environment": environment(),
+        "versions": {
+            package: version(package)
+            for package in ("adamax_jax", "jax", "optax", "flax", "scikit-learn")
+        },
+        "seeds": options.seeds,
+        "tasks": {
+            name: {
+                "metrics": TASKS[name].metrics,
+                "learning_rate": TASKS[name].learning_rate,
+                "schedule": "cosine" if TASKS[name].cosine else "constant",
+                "steps": options.steps or TASKS[name].steps,
+                "batch": TASKS[name].batch,
+            }
+            for name in tasks
+        },
+    }
+
+
+def _caption(settings: dict[str, Any]) -> str:
+    """The line under the table."""
+    trained = ", ".join(
+        f"{name} {task['steps']} at {task['learning_rate']:g} ({task['schedule']})"
+        for name, task in settings["tasks"].items()
+    )
+    return (
+        "Differences are between runs with the same seed; intervals are Student's t; "
+        f"steps and learning rates, chosen on float32: {trained}; Optax "
+        f"{settings['versions']['optax']}, Flax {settings['versions']['flax']}, "
+        f"{settings['environment']}.\n"
+    )
+
+
+def add_parser(commands) -> None:
+    """Adds the command ``study`` to the command line."""
+    parser = commands.add_parser(
+        "study",
+        help="measure what a narrow optimizer state costs in quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for option, names in {"--tasks": TASKS, "--variants": VARIANTS}.items():
+        parser.add_argument(
+            option,
+            nargs="+",
+            metavar="NAME",
+            choices=names,
+            default=list(names),
+            help=f"of {', '.join(map(repr, names))} (default: all)",
+        )
+    parser.add_argument(
+        "--seeds",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help="how many, from 0 on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        metavar="N",
+        help="of each run, in place of its own",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="where to save all numbers"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="PATH", help="where to save the table"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains all, saving each result; prints the table; returns the exit status."""
+    trouble = obstacle("study", (options.json, options.markdown))
+    if trouble is not None:
+        print(trouble, file=sys.stderr)
+        return 1
+    options.tasks = list(dict.fromkeys(options.tasks))
+    options.variants = list(dict.fromkeys(options.variants))
+    runs: list[Run] = []
+    interrupted = False
+    try:
+        _train_all(runs, options)
+    except KeyboardInterrupt:
+        interrupted = True
+    if runs:
+        # Once more: the interrupt may have come while it saved.
+        print("\n" + _save(runs, options), end="")
+        for path in (options.json, options.markdown):
+            if path is not None:
+                print(f"Saved: {path.resolve()}")
+    return 130 if interrupted else 0
+
+
+def _train_all(runs: list[Run], options: argparse.Namespace) -> None:
+    """Appends each run as soon as it is done."""
+    from tqdm import tqdm
+
+    names = options.tasks, options.variants
+    total = len(options.tasks) * len(options.variants) * options.seeds
+    with tqdm(total=total, unit="run") as progress:
+        for done in study(*names, options.seeds, options.steps):
+            runs.append(done)
+            _save(runs, options)
+            progress.set_description(
+                f"{done.task}, {done.variant}, seed {done.seed}", refresh=False
+            )
+            progress.update()
+
+
+def _save(runs: Sequence[Run], options: argparse.Namespace) -> str:
+    """Writes the files; returns the table and its caption."""
+    rows = summarize(runs)
+    settings = _settings(dict.fromkeys(run.task for run in runs), options)
+    text = f"{markdown(rows)}\n{_caption(settings)}"
+    if options.markdown is not None:
+        options.markdown.write_text(text, encoding="utf-8")
+    if options.json is not None:
+        table = [asdict(row) for row in rows]
+        results = settings | {"table": table, "runs": [_as_json(run) for run in runs]}
+        write_json(options.json, results)
+    return text
+
+
+def _as_json(run: Run) -> dict[str, Any]:
+    """A run whose losses are few: means over ``curve_every`` steps each."""
+    result = asdict(run)
+    losses = result.pop("losses")
+    every = math.ceil(len(losses) / CURVE_POINTS)
+    parts = np.split(losses, range(every, len(losses), every))
+    curve = [float(f"{part.mean():.5g}") for part in parts]
+    return result | {"curve_every": every, "curve": curve}
