@@ -113,14 +113,14 @@ def check_params(params: Any, m_dtype: Any) -> None:
             hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
         ):
             raise TypeError(
-                f"The parameter at {_name(path)} is not an array: {leaf!r}. "
+                f"The parameter at {name_of(path)} is not an array: {leaf!r}. "
                 "Give init the arrays alone (with Equinox: "
                 "eqx.filter(model, eqx.is_inexact_array))."
             )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"The parameter at {_name(path)} has dtype {dtype}; AdaMax needs "
+                f"The parameter at {name_of(path)} has dtype {dtype}; AdaMax needs "
                 "floating-point or complex parameters. Leave it out with optax.masked."
             )
         if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -131,7 +131,7 @@ def check_complex(path: Any, dtype: Any, m_dtype: Any) -> None:
     """Refuses an m_dtype that has no complex counterpart for a complex leaf."""
     if m_dtype not in _COMPLEX_PARTS:
         raise TypeError(
-            f"The parameter at {_name(path)} has dtype {dtype}, whose m cannot be "
+            f"The parameter at {name_of(path)} has dtype {dtype}, whose m cannot be "
             f"stored in {m_dtype.name}: use None, float32 or float64, or leave it "
             "to another optimizer with optax.partition."
         )
@@ -150,7 +150,7 @@ def check_gradients(updates: Any, m: Any) -> None:
         problem = _leaf_problem(g, moment)
         if problem:
             path, _ = jax.tree.leaves_with_path(updates, is_leaf=_is_none)[index]
-            raise problem[0](f"The gradient at {_name(path)} has {problem[1]}")
+            raise problem[0](f"The gradient at {name_of(path)} has {problem[1]}")
 
 
 def check_shapes(updates: Any, params: Any) -> None:
@@ -159,7 +159,7 @@ def check_shapes(updates: Any, params: Any) -> None:
     def check(path, g, p):
         if g is not None and jnp.shape(g) != jnp.shape(p):
             raise ValueError(
-                f"The gradient at {_name(path)} has shape {jnp.shape(g)}, but the "
+                f"The gradient at {name_of(path)} has shape {jnp.shape(g)}, but the "
                 f"parameter has shape {jnp.shape(p)}."
             )
 
@@ -198,14 +198,14 @@ def _structure_message(updates, m):
         if path not in given and not covered:
             shape = "None" if moment is None else f"one of shape {moment.shape}"
             return (
-                f"The gradients have no leaf at {_name(path)}, where the optimizer "
+                f"The gradients have no leaf at {name_of(path)}, where the optimizer "
                 f"state has {shape}."
             )
     for path in given:
         covered = any(state_path[: len(path)] == path for state_path in expected)
         if not covered:
             return (
-                f"The gradients have a leaf at {_name(path)}, where the optimizer "
+                f"The gradients have a leaf at {name_of(path)}, where the optimizer "
                 "state has none."
             )
     return (
@@ -218,5 +218,6 @@ def _is_none(leaf):
     return leaf is None
 
 
-def _name(path):
+def name_of(path: Any) -> str:
+    """A path in a tree, as an error shows it."""
     return jax.tree_util.keystr(path) or "the root of the tree"

@@ -1,5 +1,8 @@
 """Reading the state as numbers, and storing it in other dtypes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -33,10 +36,10 @@ def moments(state: optax.OptState) -> tuple[optax.Updates, optax.Updates]:
       >>> [round(float(x), 3) for x in m], [round(float(x), 3) for x in u]
       ([0.201, -0.05], [1.998, 0.5])
     """
-    found = [leaf for leaf in _leaves(state) if isinstance(leaf, ScaleByAdamaxState)]
+    found = find_states(state)
     if len(found) != 1:
         raise ValueError(f"The state holds {len(found)} ScaleByAdamaxState, not one.")
-    return _decode(found[0])
+    return decode(found[0][1])
 
 
 def convert_state(
@@ -61,7 +64,8 @@ def convert_state(
 
     Raises:
       TypeError, ValueError: If a dtype is not one that :func:`scale_by_adamax` takes,
-        or m is complex and ``m_dtype`` has no complex counterpart.
+        or m is complex and ``m_dtype`` has no complex counterpart; ValueError also if
+        there is no :class:`ScaleByAdamaxState` in the state.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -76,29 +80,41 @@ def convert_state(
     """
     m_dtype = check_dtype("m_dtype", m_dtype, integer="int8")
     u_dtype = check_dtype("u_dtype", u_dtype, integer="uint8")
+    return map_states(lambda s: _convert(s, m_dtype, u_dtype), state)
+
+
+def find_states(
+    state: optax.OptState, kind: type = ScaleByAdamaxState
+) -> list[tuple[Any, Any]]:
+    """The paths of the states of a type in an optimizer's state, with these states."""
+    leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, kind))
+    return [(path, leaf) for path, leaf in leaves if isinstance(leaf, kind)]
+
+
+def map_states(
+    function: Callable[[Any], Any],
+    state: optax.OptState,
+    kind: type = ScaleByAdamaxState,
+) -> optax.OptState:
+    """An optimizer's state with a function applied to the states of a type in it."""
+    if not find_states(state, kind):
+        raise ValueError(f"The state holds no {kind.__name__}.")
     return jax.tree.map(
-        lambda leaf: (
-            _convert(leaf, m_dtype, u_dtype)
-            if isinstance(leaf, ScaleByAdamaxState)
-            else leaf
-        ),
+        lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf,
         state,
-        is_leaf=lambda leaf: isinstance(leaf, ScaleByAdamaxState),
+        is_leaf=lambda leaf: isinstance(leaf, kind),
     )
 
 
-def _leaves(state):
-    return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByAdamaxState))
-
-
-def _decode(state):
-    u_scale = _array(state.u_scale)
+def decode(state: ScaleByAdamaxState) -> tuple[optax.Updates, optax.Updates]:
+    """m and u as numbers, in float32 at least."""
+    u_scale = array_in(state.u_scale)
     u = jax.tree.map(lambda u: _storage.decode_u(u, u_scale), state.u)
     m = jax.tree.map(_storage.decode_m, state.m, u)
     return jax.tree.map(_at_least_float32, m), u
 
 
-def _array(scalar):
+def array_in(scalar: Any) -> jax.Array:
     """The array in a scalar that may be wrapped, as Flax NNX does."""
     (array,) = jax.tree.leaves(scalar)
     return array
@@ -109,11 +125,11 @@ def _at_least_float32(x):
 
 
 def _convert(state, m_dtype, u_dtype):
-    m, u = _decode(state)
+    m, u = decode(state)
     u_scale, stored_u, next_u = state.u_scale, state.u, u
     if u_dtype is not None:
         u_scale = jax.tree.map(jnp.ones_like, u_scale)
-        one = _array(u_scale)
+        one = array_in(u_scale)
         stored_u = jax.tree.map(lambda u: _storage.encode_u(u, one, u_dtype), u)
         next_u = jax.tree.map(lambda u: _storage.decode_u(u, one), stored_u)
 

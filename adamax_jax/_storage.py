@@ -44,6 +44,14 @@ def is_ratio(m_dtype) -> bool:
     return jnp.dtype(m_dtype).itemsize == 1
 
 
+def _ends(dtype):
+    """The smallest positive and the largest finite number of a dtype."""
+    if dtype == jnp.uint8:
+        return 1, 255
+    info = jnp.finfo(dtype)
+    return float(info.smallest_subnormal), float(info.max)
+
+
 def complex_dtype(real):
     """The complex dtype whose parts have this dtype, float32 or float64."""
     return jnp.complex128 if real == jnp.float64 else jnp.complex64
@@ -77,9 +85,8 @@ def encode_u(u: jax.Array, u_scale: ArrayLike, dtype) -> jax.Array:
     if is_wide(dtype):
         return u.astype(dtype)
     scaled = u.astype(jnp.float32) * (1 / jnp.asarray(u_scale, jnp.float32))
+    smallest, largest = _ends(dtype)
     if dtype != jnp.uint8:
-        smallest = float(jnp.finfo(dtype).smallest_subnormal)
-        largest = float(jnp.finfo(dtype).max)
         keep = (u == 0) | jnp.isinf(u)
         return jnp.where(keep, scaled, jnp.clip(scaled, smallest, largest)).astype(
             dtype
@@ -88,13 +95,33 @@ def encode_u(u: jax.Array, u_scale: ArrayLike, dtype) -> jax.Array:
     bits = lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32)
     # Adding half a code rounds to nearest; a carry goes on to the next octave.
     code = ((bits + (1 << (_DROPPED_BITS - 1))) >> _DROPPED_BITS) - _OFFSET
-    return jnp.where(scaled == 0, 0, jnp.clip(code, 1, 255)).astype(jnp.uint8)
+    return jnp.where(scaled == 0, 0, jnp.clip(code, smallest, largest)).astype(
+        jnp.uint8
+    )
 
 
 def saturates(u_dtype) -> bool:
     """Whether u of this dtype ends below the range of float32."""
     u_dtype = jnp.dtype(u_dtype)
     return not is_wide(u_dtype) and u_dtype != jnp.bfloat16
+
+
+def is_saturated_u(stored: jax.Array) -> jax.Array:
+    """Where a stored u is at an end of its dtype's range."""
+    if is_wide(stored.dtype):
+        return jnp.zeros(stored.shape, bool)
+    smallest, largest = _ends(stored.dtype)
+    return (stored == smallest) | (stored == largest)
+
+
+def is_saturated_m(stored: jax.Array) -> jax.Array:
+    """Where a stored m is at an end of its dtype's range."""
+    if jnp.dtype(stored.dtype).itemsize >= 4:
+        return jnp.zeros(stored.shape, bool)
+    if stored.dtype == jnp.int8:
+        return jnp.abs(stored) == _CODES
+    largest = _LARGEST_RATIO if is_ratio(stored.dtype) else _ends(stored.dtype)[1]
+    return jnp.abs(stored) == jnp.asarray(largest, stored.dtype)
 
 
 def kept_share(u: jax.Array, stored_u: jax.Array) -> jax.Array:
@@ -133,7 +160,7 @@ def encode_m(
     if jnp.dtype(dtype).itemsize >= 4:
         return m.astype(dtype)
     if not is_ratio(dtype):
-        largest = float(jnp.finfo(dtype).max)
+        _, largest = _ends(dtype)
         return jnp.where(jnp.isinf(m), m, jnp.clip(m, -largest, largest)).astype(dtype)
     # What multiplies the ratio later, but for a u that was too large to be stored: then
     # m shrinks with it, as in kept_share.

@@ -1,0 +1,158 @@
+"""ZeRO-1: an optimizer's state spread over the devices that share a batch."""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adamax_jax._checks import name_of
+
+_MOST_NAMED = 10
+
+
+def zero_shardings(
+    optimizer: optax.GradientTransformation,
+    params: optax.Params,
+    mesh: Mesh,
+    axis: str,
+) -> optax.OptState:
+    """Shardings that spread an optimizer's state over one axis of a mesh.
+
+    Data-parallel training keeps a copy of the parameters on every device, and without
+    need a copy of the optimizer's state. With these shardings each of the N devices
+    along ``axis`` keeps and updates 1/N of it (ZeRO stage 1). What is computed stays
+    the same; the compiler adds the one exchange that brings the updates together.
+
+    They work for the state of any Optax optimizer. An array that belongs to a parameter
+    (its path ends with the parameter's, its shape is the same) keeps the parameter's
+    own sharding over ``mesh`` and gets ``axis`` in addition, unless it has it already
+    (FSDP). The axis goes to the first dimension that it divides, preferably one that is
+    not divided yet. Scalars are replicated.
+
+    Args:
+      optimizer: The optimizer; only its ``init`` is called, on abstract arrays.
+      params: The parameters, or ``jax.ShapeDtypeStruct`` in their place.
+      mesh: The mesh of devices.
+      axis: The name of the axis that the batch is divided over.
+
+    Returns:
+      A tree of ``NamedSharding`` with the structure of ``optimizer.init(params)``, for
+      ``out_shardings`` of ``jax.jit``, ``jax.device_put`` or a checkpoint's restore.
+
+    Raises:
+      ValueError: If the mesh has no such axis, or a parameter lies on another mesh of
+        several devices.
+
+    Warns:
+      UserWarning: Once, if arrays have no dimension that the axis divides: they stay
+        as the parameter is, replicated over the axis. The message names them and says
+        how many bytes they are.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import AxisType
+      >>> from adamax_jax import adamax, zero_shardings
+      >>> mesh = jax.make_mesh(
+      ...     (len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,)
+      ... )
+      >>> params = {"kernel": jnp.ones([128, 64]), "bias": jnp.zeros(64)}
+      >>> optimizer = adamax()
+      >>> shardings = zero_shardings(optimizer, params, mesh, "data")
+      >>> state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+      >>> tuple(state[0].m["kernel"].sharding.spec)
+      ('data', None)
+
+    References:
+      Rajbhandari et al., `ZeRO: Memory Optimizations Toward Training Trillion Parameter
+      Models <https://arxiv.org/abs/1910.02054>`_, 2020.
+    """
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"axis must be one of the mesh's axes {mesh.axis_names}, got {axis!r}."
+        )
+    own = {
+        path: _Parameter(jnp.shape(leaf), _own_spec(path, leaf, mesh))
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    undivided = []
+
+    def shard(path, leaf):
+        spec = _parameter_spec(path, leaf.shape, own)
+        spread = _spread(leaf.shape, spec, mesh, axis)
+        if spread is None:
+            if leaf.size > 1:
+                undivided.append((path, leaf))
+            spread = spec
+        return NamedSharding(mesh, spread)
+
+    state = jax.eval_shape(optimizer.init, params)
+    shardings = jax.tree_util.tree_map_with_path(shard, state)
+    if undivided:
+        warnings.warn(_report(undivided, state, mesh, axis), stacklevel=2)
+    return shardings
+
+
+class _Parameter(NamedTuple):
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+
+
+def _own_spec(path, leaf, mesh):
+    """How a parameter is divided over the mesh."""
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
+        return sharding.spec
+    if sharding is None or sharding.is_fully_replicated:
+        return PartitionSpec()
+    raise ValueError(
+        f"The parameter at {name_of(path)} is divided by {sharding}, which is not over "
+        f"the given mesh of shape {dict(mesh.shape)}."
+    )
+
+
+def _parameter_spec(path, shape, own):
+    """The spec of the parameter that an array of the state belongs to, if any."""
+    for start in range(len(path) + 1):
+        parameter = own.get(path[start:])
+        if parameter is not None and parameter.shape == shape:
+            return parameter.spec
+    return PartitionSpec()
+
+
+def _spread(shape, spec, mesh, axis):
+    """The spec with the axis added; None where no dimension can be divided."""
+    axes = [_axes(entry) for entry in spec] + [()] * (len(shape) - len(spec))
+    if any(axis in names for names in axes):
+        return spec
+    # Free dimensions first: a divided one gets two axes only if there is no other.
+    for dimension in sorted(range(len(shape)), key=lambda d: len(axes[d])):
+        names = (*axes[dimension], axis)
+        parts = math.prod(mesh.shape[name] for name in names)
+        if shape[dimension] > 0 and shape[dimension] % parts == 0:
+            axes[dimension] = names
+            return PartitionSpec(*(names or None for names in axes))
+    return None
+
+
+def _axes(entry):
+    """The axes that a dimension is divided over, given its entry in a spec."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _report(undivided, state, mesh, axis):
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    part = sum(leaf.size * leaf.dtype.itemsize for _, leaf in undivided)
+    names = [f"{name_of(path)} {leaf.shape}" for path, leaf in undivided]
+    more = len(names) - _MOST_NAMED
+    return (
+        f"{part:,} of the optimizer state's {whole:,} bytes stay replicated over axis "
+        f"{axis!r}, since {mesh.shape[axis]} divides no dimension of "
+        + ", ".join(names[:_MOST_NAMED])
+        + (f" and {more} more." if more > 0 else ".")
+    )

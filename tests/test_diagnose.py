@@ -1,0 +1,249 @@
+"""The figures of the state against what was put into it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sequences import STORAGES
+
+from adamax_jax import (
+    Diagnosis,
+    ScaleByAdamaxState,
+    adamax,
+    convert_state,
+    diagnose,
+    moments,
+)
+
+FIGURES = {"rms", "max", "unseen", "stale", "decades", "saturated"}
+EVERY_STORAGE = pytest.mark.parametrize(
+    "storage", list(STORAGES.values()), ids=list(STORAGES)
+)
+
+
+def state_of(m, u):
+    return ScaleByAdamaxState(jnp.int32(1), m, u, jnp.float32(1))
+
+
+def run(optimizer, gradients):
+    state = optimizer.init(gradients[0])
+    for g in gradients:
+        _, state = jax.jit(optimizer.update)(g, state)
+    return state
+
+
+def test_every_figure_of_a_state_written_by_hand():
+    """Each from its definition: by the paper's symbols, in NumPy."""
+    u = np.array([1e-8, 0.0, 1e-6, 1.0, 10.0, 100.0], np.float32)
+    m = np.array([0.0, 0.0, -1e-6, 0.5, 1e-3, 99.0], np.float32)
+    figures = diagnose(state_of(jnp.asarray(m), jnp.asarray(u))).total
+    ratio = np.array([0, 0, 1, 0.5, 1e-4, 0.99])
+    assert set(figures) == FIGURES
+    assert figures["rms"] == pytest.approx(np.sqrt(np.mean(ratio**2)))
+    assert figures["max"] == pytest.approx(1)
+    assert figures["unseen"] == pytest.approx(2 / 6)
+    assert figures["stale"] == pytest.approx(1 / 4)
+    assert figures["decades"] == pytest.approx(8)
+    assert figures["saturated"] == 0
+
+
+def test_the_total_puts_the_parameters_together_by_their_sizes():
+    rng = np.random.default_rng(0)
+    sizes = {"a": (7,), "b": (50, 3), "c": ()}
+    u = {name: np.float32(rng.uniform(0, 2, shape)) for name, shape in sizes.items()}
+    m = {name: np.float32(rng.uniform(-1, 1) * u[name]) for name in sizes}
+    m["b"][:20] = 0
+    u["b"][30:40] = 0
+    m["b"][30:40] = 0
+    diagnosis = diagnose(state_of(*jax.tree.map(jnp.asarray, (m, u))))
+    flat = [
+        jnp.concatenate([jnp.ravel(tree[name]) for name in sizes]) for tree in (m, u)
+    ]
+    (alone,) = diagnose(state_of(*flat)).leaves.values()
+    for name in FIGURES:
+        assert float(diagnosis.total[name]) == pytest.approx(float(alone[name]))
+    assert set(diagnosis.leaves) == {"['a']", "['b']", "['c']"}
+    assert diagnosis.leaves["['b']"]["unseen"] == pytest.approx(0.2)
+    assert diagnosis.leaves["['b']"]["stale"] == pytest.approx(20 / 40)
+
+
+@EVERY_STORAGE
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("eps_inside", [True, False])
+def test_coordinates_without_gradients_are_counted_at_any_age(storage, eps, eps_inside):
+    """To the coordinate, also where a narrow u has decayed and been rounded since."""
+    optimizer = adamax(0.1, b2=0.95, eps=eps, eps_inside=eps_inside, **storage)
+    rng = np.random.default_rng(0)
+    g = rng.choice([-1.0, 1.0], [50, 40]).astype(np.float32)
+    g[:, :13] = 0
+    state = optimizer.init(jnp.asarray(g[0]))
+    for g_t in g:
+        _, state = jax.jit(optimizer.update)(jnp.asarray(g_t), state)
+        assert float(diagnose(state, eps).total["unseen"]) == pytest.approx(13 / 40)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e5m2", "float8_e4m3fn"])
+def test_an_eps_below_the_smallest_number_of_a_dtype_is_no_gradient(dtype):
+    g = jnp.array([0.0, 1.0])
+    state = run(adamax(u_dtype=dtype), [g] * 30)
+    assert diagnose(state).total["unseen"] == 0.5
+    assert diagnose(state).total["saturated"] == 0
+
+
+@EVERY_STORAGE
+def test_a_spike_is_seen_and_is_gone_when_the_maximum_has_forgotten_it(storage):
+    """ln(k) / (1 - b2) steps after a spike k times the usual gradient."""
+    rng = np.random.default_rng(0)
+    spike, k, b2 = 100, 1e4, 0.99
+    g = jnp.asarray(rng.normal(size=[1200, 1000]), jnp.float32)
+    g = g.at[spike, 250:].set(k)
+    optimizer = adamax(b2=b2, **storage)
+
+    def step(state, g_t):
+        state = optimizer.update(g_t, state)[1]
+        return state, diagnose(state).total["stale"]
+
+    stale = np.asarray(jax.lax.scan(step, optimizer.init(g[0]), g)[1])
+    # Under noise alone m is normal with deviation 0.23 and u is about 2.5.
+    assert np.mean(stale[50:spike]) < 0.015
+    # m has forgotten the spike after ln(k) / (1 - b1) steps, about 90. An int8 m has
+    # steps at 7.0e-4 and 1.2e-3, and may be rounded up.
+    assert np.all(stale[spike + 130 : spike + 230] > 0.74)
+    assert np.mean(stale[spike + int(np.log(k) / (1 - b2)) :]) < 0.015
+
+
+@EVERY_STORAGE
+def test_the_length_of_steps(storage):
+    """Constant gradients give steps of 1, from m/u and the bias correction."""
+    g = jnp.array([3.0, -0.2, 1e-3])
+    state = run(adamax(**storage), [g] * 200)
+    total = diagnose(state).total
+    # A uint8 u is known to a ninth of itself, and with it m/u. A bfloat16 m stands
+    # still when what it lacks, times 1 - b1, is less than half an ulp.
+    tolerance = {"uint8": 0.13, "bfloat16": 0.02 + 2**-8}.get(
+        storage.get("u_dtype"), 1e-5
+    )
+    assert float(total["rms"]) == pytest.approx(1, abs=tolerance)
+    assert float(total["max"]) == pytest.approx(1, abs=tolerance)
+    assert float(total["decades"]) == pytest.approx(np.log10(3e3), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("m_dtype", "u_dtype", "gradient"),
+    [
+        ("float32", "uint8", 1e12),
+        ("float32", "float16", 1e8),
+        ("float32", "float8_e4m3fn", 1e5),
+        ("float16", "float32", 1e8),
+        ("bfloat16", "uint8", 1e-12),
+        ("float32", "float16", 1e-9),
+    ],
+)
+def test_numbers_beyond_a_dtype_are_saturated(m_dtype, u_dtype, gradient):
+    g = jnp.array([gradient, -gradient, 1.0, 0.0])
+    optimizer = adamax(b1=0.0, eps=0.0, m_dtype=m_dtype, u_dtype=u_dtype)
+    total = diagnose(run(optimizer, [g]), eps=0.0).total
+    assert total["saturated"] == 0.5
+    assert total["unseen"] == 0.25
+
+
+@pytest.mark.parametrize("m_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_ratios_that_were_cut_off_are_saturated(m_dtype):
+    """b1 above b2, which only a traced number can be: |m/u| is not bounded."""
+
+    def figures(b1):
+        optimizer = adamax(b1=b1, b2=0.1, m_dtype=m_dtype, u_dtype="float32")
+        g = jnp.ones(4)
+        state = optimizer.init(g)
+        for g_t in (g, *2 * [g * jnp.array([0.0, 0.0, 1.0, 1.0])]):
+            _, state = optimizer.update(g_t, state)
+        return diagnose(state).total["saturated"]
+
+    assert float(jax.jit(figures)(0.9)) == 0.5
+
+
+@EVERY_STORAGE
+def test_compiled_and_in_a_loop_it_says_the_same(storage):
+    params = {"a": jnp.ones([4, 3]), "b": (jnp.ones(5), None)}
+    optimizer = optax.chain(optax.clip(1.0), adamax(**storage))
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    plain, compiled = diagnose(state), jax.jit(diagnose)(state)
+    assert jax.tree.structure(plain) == jax.tree.structure(compiled)
+    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(compiled), strict=True):
+        assert x.shape == () and x.dtype == y.dtype == jnp.float32
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+    # jit sorts dictionaries.
+    assert sorted(str(compiled).splitlines()) == sorted(str(plain).splitlines())
+
+
+def test_complex_and_double_precision(x64):
+    g = jnp.array([3 + 4j, 0, 1e-300], jnp.complex128)
+    state = run(adamax(b1=0.0, eps=0.0), [g])
+    total = diagnose(state, eps=0.0).total
+    assert total["max"] == pytest.approx(1)
+    assert total["unseen"] == pytest.approx(1 / 3)
+    assert float(total["decades"]) == pytest.approx(np.log10(5e300), rel=1e-6)
+    assert total["rms"].dtype == jnp.float32
+
+
+def test_several_states_are_told_apart():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    optimizer = optax.partition(
+        {"fast": adamax(0.1), "slow": adamax(0.01)}, {"a": "fast", "b": "slow"}
+    )
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    leaves = diagnose(state).leaves
+    assert len(leaves) == 2
+    assert any("fast" in name and name.endswith("['a']") for name in leaves)
+    assert any("slow" in name and name.endswith("['b']") for name in leaves)
+
+
+@pytest.mark.parametrize("params", [{}, {"a": None}, {"a": jnp.ones([0, 3])}])
+def test_without_coordinates_all_is_zero(params):
+    diagnosis = diagnose(adamax().init(params))
+    assert all(float(x) == 0 for x in jax.tree.leaves(diagnosis))
+
+
+def test_not_a_number_is_not_hidden():
+    g = jnp.array([jnp.nan, 1.0])
+    total = diagnose(run(adamax(), [g])).total
+    assert np.isnan(total["rms"])
+    assert np.isnan(total["max"])
+    assert total["unseen"] == 0
+
+
+def test_it_prints_a_table():
+    params = {"kernel": jnp.ones([2, 2]), "bias": jnp.zeros(2)}
+    diagnosis = diagnose(adamax().init(params))
+    header, *rows = str(diagnosis).splitlines()
+    assert header.split() == list(diagnosis.total)
+    assert [row.split()[0] for row in rows] == ["total", "['bias']", "['kernel']"]
+    assert len({len(row) for row in [header, *rows]}) == 1
+
+    @jax.jit
+    def shown_while_traced(state):
+        seen.append(str(diagnose(state)))
+        return state
+
+    seen = []
+    shown_while_traced(adamax().init(params))
+    assert "traced" in seen[0]
+
+
+def test_conversion_keeps_the_figures():
+    rng = np.random.default_rng(0)
+    state = run(adamax(), list(jnp.asarray(rng.normal(size=[20, 500]), jnp.float32)))
+    wide = diagnose(state).total
+    narrow = diagnose(convert_state(state, m_dtype="int8", u_dtype="uint8")).total
+    for name in ("rms", "max", "decades"):
+        assert float(narrow[name]) == pytest.approx(float(wide[name]), rel=0.13)
+    assert isinstance(diagnose(state), Diagnosis)
+    assert np.all(np.asarray(moments(state)[1]) > 0)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="holds no ScaleByAdamaxState"):
+        diagnose(optax.adam(0.1).init(jnp.ones(2)))
+    with pytest.raises(ValueError, match="eps must be finite and at least 0, got -1"):
+        diagnose(adamax().init(jnp.ones(2)), eps=-1)

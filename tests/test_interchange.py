@@ -1,0 +1,286 @@
+"""States of Optax's and PyTorch's AdaMax, continued here and brought back."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peers
+import pytest
+from sequences import STORAGES, gradients
+
+from adamax_jax import (
+    ScaleByAdamaxState,
+    adamax,
+    adamaxw,
+    convert_state,
+    from_optax,
+    from_torch,
+    moments,
+    to_optax,
+)
+
+EVERY_STORAGE = pytest.mark.parametrize(
+    "storage", list(STORAGES.values()), ids=list(STORAGES)
+)
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 40)
+GRADIENTS = [
+    {"a": jnp.asarray(g[:32].reshape(4, 8)), "b": jnp.asarray(g[32:])}
+    for g in np.float32(gradients(steps=30, decades=4))
+]
+PARAMS = jax.tree.map(jnp.ones_like, GRADIENTS[0])
+
+
+@pytest.fixture(autouse=True)
+def optax_mixes_dtypes():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def descend(optimizer, params, state, gradients):
+    """The parameters and the state after some steps of a compiled loop."""
+
+    @jax.jit
+    def step(params, state, g):
+        updates, state = optimizer.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for g in gradients:
+        params, state = step(params, state, g)
+    return params, state
+
+
+PAIRS = {
+    "adamax": (optax.adamax(0.1), adamax(0.1)),
+    "a schedule": (optax.adamax(SCHEDULE), adamax(SCHEDULE)),
+    "adamaxw": (optax.adamaxw(0.1), adamaxw(0.1)),
+    "MultiSteps": (
+        optax.MultiSteps(optax.adamax(0.1), 3),
+        optax.MultiSteps(adamax(0.1), 3),
+    ),
+    "masked": (
+        optax.masked(optax.adamax(0.1), {"a": True, "b": False}),
+        optax.masked(adamax(0.1), {"a": True, "b": False}),
+    ),
+    "injected": (
+        optax.inject_hyperparams(optax.adamax)(SCHEDULE),
+        optax.inject_hyperparams(adamax)(SCHEDULE),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_optax_continued_here_is_optax_uninterrupted(name):
+    """The state to the last bit, and with the containers that init makes."""
+    theirs, ours = PAIRS[name]
+    params, state = descend(theirs, PARAMS, theirs.init(PARAMS), GRADIENTS[:20])
+    expected, end = descend(theirs, params, state, GRADIENTS[20:])
+    state = from_optax(state)
+    assert jax.tree.structure(state) == jax.tree.structure(ours.init(PARAMS))
+    actual, state = descend(ours, params, state, GRADIENTS[20:])
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(to_optax(state), end)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_from_here_on_in_optax(name):
+    theirs, ours = PAIRS[name]
+    params, state = descend(ours, PARAMS, ours.init(PARAMS), GRADIENTS[:20])
+    expected, end = descend(ours, params, state, GRADIENTS[20:])
+    actual, state = descend(theirs, params, to_optax(state), GRADIENTS[20:])
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(from_optax(state), end)
+
+
+@EVERY_STORAGE
+def test_there_and_back_the_numbers_are_the_same(storage):
+    optimizer = adamax(**storage)
+    _, state = descend(optimizer, PARAMS, optimizer.init(PARAMS), GRADIENTS)
+    theirs = to_optax(state)
+    chex.assert_trees_all_equal((theirs[0].mu, theirs[0].nu), moments(state))
+    back = from_optax(theirs)
+    chex.assert_trees_all_equal(moments(back), moments(state))
+    if not storage:
+        chex.assert_trees_all_equal(back, state)
+    else:
+        # u is rounded once more, by at most half a step of the storage.
+        _, u = moments(convert_state(back, **storage))
+        tolerance = 1 / 8 if storage["u_dtype"] == "uint8" else 2**-8
+        chex.assert_trees_all_close(u, moments(state)[1], rtol=tolerance)
+
+
+def test_parts_that_optax_arranges_otherwise_are_set_into_a_new_state():
+    """A mask of the decay has a state of its own in Optax, and a schedule another."""
+    options = {"weight_decay": SCHEDULE, "mask": {"a": True, "b": False}}
+    theirs, ours = optax.adamaxw(SCHEDULE, **options), adamaxw(SCHEDULE, **options)
+    params, state = descend(theirs, PARAMS, theirs.init(PARAMS), GRADIENTS[:20])
+    expected, _ = descend(theirs, params, state, GRADIENTS[20:])
+    new = optax.tree.set(ours.init(PARAMS), **from_optax(state[0])._asdict())
+    actual, _ = descend(ours, params, new, GRADIENTS[20:])
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_complex_states_of_optax_get_a_real_u():
+    g = jnp.array([3 + 4j, -1j], jnp.complex64)
+    theirs = optax.adamax(0.1)
+    _, state = theirs.update(g, theirs.init(g))
+    state = from_optax(state)
+    chex.assert_type(state[0].u, jnp.float32)
+    np.testing.assert_allclose(state[0].u, [5, 1])
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, adamax().init(g))
+
+
+def test_optax_in_half_precision():
+    """u, which Optax never lets decay in bfloat16, decays from here on."""
+    g = jnp.ones(2, jnp.bfloat16)
+    theirs = optax.adamax(0.1)
+    _, state = theirs.update(g, theirs.init(g))
+    state = from_optax(state)
+    for _ in range(2000):
+        _, state = adamax().update(0 * g, state)
+    chex.assert_trees_all_close(moments(state)[1], 0.999**2000 * jnp.ones(2), rtol=4e-3)
+
+
+def test_states_that_are_not_there():
+    with pytest.raises(ValueError, match="holds no ScaleByAdamState"):
+        from_optax(optax.sgd(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match="holds no ScaleByAdamaxState"):
+        to_optax(optax.adam(0.1).init(PARAMS))
+
+
+def torch_state(steps=(3, 3), keys=("exp_avg", "exp_inf"), **arrays):
+    shapes = {"weight": (3, 2), "bias": (3,)}
+    state = {}
+    for index, (name, shape) in enumerate(shapes.items()):
+        values = arrays.get(name, np.arange(1, 1 + np.prod(shape), dtype=np.float32))
+        state[index] = {"step": np.float32(steps[index])}
+        state[index] |= {key: values.reshape(shape) for key in keys}
+    return {"state": state, "param_groups": [{"params": [0]}, {"params": [1]}]}
+
+
+def convert(weights):
+    return {
+        "kernel": jnp.asarray(weights["weight"]).T,
+        "bias": jnp.asarray(weights["bias"]),
+    }
+
+
+NAMES = ["weight", "bias"]
+
+
+def test_from_torch_brings_state_where_the_converter_brings_weights():
+    state = from_torch(torch_state(), NAMES, convert)
+    assert isinstance(state, ScaleByAdamaxState)
+    assert int(state.count) == 3
+    np.testing.assert_array_equal(state.u["kernel"], [[1, 3, 5], [2, 4, 6]])
+    params = {"kernel": jnp.ones([2, 3]), "bias": jnp.ones(3)}
+    optimizer = adamaxw(SCHEDULE)
+    new = optax.tree.set(optimizer.init(params), **state._asdict())
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(
+        jax.typeof, optimizer.init(params)
+    )
+    assert [int(x) for x in jax.tree.leaves(new) if x.dtype == jnp.int32] == [3, 3]
+
+
+def torch_model(params):
+    """The parameters of the recorded torch.nn.Sequential as those of two kernels."""
+    return [
+        {
+            "kernel": jnp.asarray(params[f"{layer}.weight"]).T,
+            "bias": jnp.asarray(params[f"{layer}.bias"]),
+        }
+        for layer in (0, 2)
+    ]
+
+
+def torch_loss(params, x, y):
+    hidden, output = params
+    x = jnp.tanh(x @ hidden["kernel"] + hidden["bias"])
+    return jnp.mean((x @ output["kernel"] + output["bias"] - y) ** 2)
+
+
+@pytest.mark.parametrize("carried", [True, False], ids=["carried", "a new state"])
+def test_a_training_run_begun_in_torch_continues_here(carried):
+    """Twenty steps in PyTorch, then PyTorch's further twenty steps by ours.
+
+    The same arithmetic in another order: each step of at most 1e-2 is off by some
+    1e-7 of itself, and what the gradients make of that. With a state of its own in the
+    place of the carried one, the run is another.
+    """
+    run = peers.torch_model()
+    params = torch_model({name: steps[0] for name, steps in run.params.items()})
+    (group,) = run.state_dict["param_groups"]
+    optimizer = adamax(group["lr"], *group["betas"], group["eps"])
+    state = optimizer.init(params)
+    if carried:
+        state = from_torch(run.state_dict, run.names, torch_model)
+        state = optax.tree.set(optimizer.init(params), **state._asdict())
+
+    @jax.jit
+    def step(params, state):
+        loss, gradients = jax.value_and_grad(torch_loss)(params, run.x, run.y)
+        updates, state = optimizer.update(gradients, state, params)
+        return loss, optax.apply_updates(params, updates), state
+
+    deviation = 0
+    for i in range(20):
+        loss, params, state = step(params, state)
+        expected = torch_model(
+            {name: steps[i + 1] for name, steps in run.params.items()}
+        )
+        differences = jax.tree.map(
+            lambda x, y: jnp.max(jnp.abs(x - y)), params, expected
+        )
+        deviation = max(deviation, *map(float, jax.tree.leaves(differences)))
+        if carried:
+            np.testing.assert_allclose(loss, run.losses[i], rtol=1e-6)
+    assert deviation < 5e-7 if carried else deviation > 0.1
+
+
+def test_from_torch_copies_the_memory():
+    given = torch_state()
+    state = from_torch(given, NAMES, lambda weights: dict(weights))
+    given["state"][0]["exp_inf"][:] = 0
+    assert np.all(np.asarray(state.u["weight"]) > 0)
+
+
+@pytest.mark.parametrize(
+    ("state", "names", "error", "message"),
+    [
+        (torch_state(), ["weight"], ValueError, "1 names, but .* 2 parameters"),
+        (torch_state(steps=(3, 4)), NAMES, ValueError, "different .*'bias': 4"),
+        (
+            torch_state(keys=("exp_avg", "exp_avg_sq")),
+            NAMES,
+            ValueError,
+            "'weight' has no exp_inf, but exp_avg, exp_avg_sq, step",
+        ),
+        (
+            torch_state() | {"state": {}},
+            NAMES,
+            ValueError,
+            r"'weight' has no state: .*state_dict\['state'\]\[0\]",
+        ),
+        (
+            torch_state(weight=np.ones(6, np.complex64)),
+            NAMES,
+            TypeError,
+            r"\['kernel'\] is complex",
+        ),
+    ],
+    ids=["names", "steps", "adam", "frozen", "complex"],
+)
+def test_from_torch_errors(state, names, error, message):
+    with pytest.raises(error, match=message):
+        from_torch(state, names, convert)
+
+
+def test_from_torch_does_not_cast_in_silence():
+    state = torch_state(weight=np.ones(6))
+    with pytest.raises(TypeError, match=r"\['weight'\] has dtype float64 .* float32"):
+        from_torch(state, NAMES, lambda weights: dict(weights))
+
+
+def test_from_torch_in_double_precision(x64):
+    state = from_torch(torch_state(weight=np.ones(6), bias=np.ones(3)), NAMES, convert)
+    chex.assert_type(state.u["kernel"], jnp.float64)
