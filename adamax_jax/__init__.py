@@ -10,6 +10,7 @@ from adamax_jax._diagnose import Diagnosis as Diagnosis
 from adamax_jax._diagnose import diagnose as diagnose
 from adamax_jax._interchange import from_optax as from_optax
 from adamax_jax._interchange import from_torch as from_torch
+from adamax_jax._interchange import insert_state as insert_state
 from adamax_jax._interchange import to_optax as to_optax
 from adamax_jax._sharding import zero_shardings as zero_shardings
 from adamax_jax._transform import ScaleByAdamaxState as ScaleByAdamaxState

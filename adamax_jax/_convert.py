@@ -36,10 +36,7 @@ def moments(state: optax.OptState) -> tuple[optax.Updates, optax.Updates]:
       >>> [round(float(x), 3) for x in m], [round(float(x), 3) for x in u]
       ([0.201, -0.05], [1.998, 0.5])
     """
-    found = find_states(state)
-    if len(found) != 1:
-        raise ValueError(f"The state holds {len(found)} ScaleByAdamaxState, not one.")
-    return decode(found[0][1])
+    return decode(the_state(state))
 
 
 def convert_state(
@@ -89,6 +86,14 @@ def find_states(
     """The paths of the states of a type in an optimizer's state, with these states."""
     leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, kind))
     return [(path, leaf) for path, leaf in leaves if isinstance(leaf, kind)]
+
+
+def the_state(state: optax.OptState) -> ScaleByAdamaxState:
+    """The one AdaMax in an optimizer's state."""
+    found = find_states(state)
+    if len(found) != 1:
+        raise ValueError(f"The state holds {len(found)} ScaleByAdamaxState, not one.")
+    return found[0][1]
 
 
 def map_states(

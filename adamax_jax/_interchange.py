@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from adamax_jax._checks import name_of
-from adamax_jax._convert import decode, map_states
+from adamax_jax._convert import decode, map_states, the_state
 from adamax_jax._transform import ScaleByAdamaxState
 
 
@@ -25,9 +25,9 @@ def from_optax(state: optax.OptState) -> optax.OptState:
         what else is in it stays as it is.
 
     Returns:
-      The state, in the same containers: those of :func:`adamax` and :func:`adamaxw`
-      too, but for ``optax.adamaxw`` with a mask or a scheduled decay. For these, take
-      a new state and set what is known, as in the example of :func:`from_torch`.
+      The state, in the same containers, which are those of :func:`adamax` and
+      :func:`adamaxw`, but for ``optax.adamaxw`` with a mask or a scheduled decay: for
+      these, :func:`insert_state` puts the :class:`ScaleByAdamaxState` into a new state.
 
     Raises:
       ValueError: If there is no ``optax.ScaleByAdamState`` in the state.
@@ -36,11 +36,10 @@ def from_optax(state: optax.OptState) -> optax.OptState:
       >>> import jax.numpy as jnp, optax
       >>> from adamax_jax import adamax, from_optax
       >>> gradient = jnp.array([2.0, -0.5])
-      >>> before, after = optax.adamax(0.1), adamax(0.1)
-      >>> _, state = before.update(gradient, before.init(gradient))
-      >>> update, state = after.update(gradient, from_optax(state))
+      >>> state = from_optax(optax.adamax(0.1).init(gradient))
+      >>> update, state = adamax(0.1).update(gradient, state)
       >>> state[0].count, state[0].u
-      (Array(2, dtype=int32), Array([2. , 0.5], dtype=float32))
+      (Array(1, dtype=int32), Array([2. , 0.5], dtype=float32))
     """
     return map_states(_from_scale_by_adam, state, optax.ScaleByAdamState)
 
@@ -92,9 +91,9 @@ def from_torch(
         (transpose, reshape, split, stack) but not compute with them: u is not linear.
 
     Returns:
-      The state, with m and u in the dtypes that ``convert`` returned. Set it into that
-      of an optimizer as in the example, which also brings schedules to the right count;
-      :func:`convert_state` stores it in other dtypes.
+      The state, with m and u in the dtypes that ``convert`` returned. Put it into an
+      optimizer's with :func:`insert_state`; :func:`convert_state` stores it in other
+      dtypes.
 
     Raises:
       ValueError: If there are not as many names as parameters, a parameter has no state
@@ -104,8 +103,8 @@ def from_torch(
         would be cast, as float64 without ``jax_enable_x64``.
 
     Examples:
-      >>> import numpy as np, jax.numpy as jnp, optax
-      >>> from adamax_jax import adamax, from_torch
+      >>> import numpy as np, jax.numpy as jnp
+      >>> from adamax_jax import adamax, from_torch, insert_state
       >>> exp = np.ones([3, 2], np.float32)  # of a torch.nn.Linear(2, 3)
       >>> state_dict = {
       ...     "state": {0: {"step": 7, "exp_avg": 0.1 * exp, "exp_inf": exp}},
@@ -115,9 +114,9 @@ def from_torch(
       ...     return {"kernel": jnp.asarray(weights["weight"]).T}
       >>> state = from_torch(state_dict, ["weight"], convert)
       >>> optimizer = adamax(2e-3)
-      >>> new = optimizer.init({"kernel": jnp.zeros([2, 3])})
-      >>> new = optax.tree.set(new, **state._asdict())
-      >>> new[0].count, new[0].m["kernel"].shape
+      >>> params = {"kernel": jnp.zeros([2, 3])}
+      >>> state = insert_state(optimizer.init(params), state)
+      >>> state[0].count, state[0].m["kernel"].shape
       (Array(7, dtype=int32), (2, 3))
     """
     indices = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -147,6 +146,49 @@ def from_torch(
         m=m,
         u=u,
         u_scale=jnp.ones([], jnp.float32),
+    )
+
+
+def insert_state(
+    state: optax.OptState, adamax_state: ScaleByAdamaxState
+) -> optax.OptState:
+    """An optimizer's new state, to go on from where another AdaMax was.
+
+    The :class:`ScaleByAdamaxState` in it is replaced, and every field that is named
+    ``count``, such as that of a learning rate schedule, becomes the given count.
+    (``optax.tree.set`` would leave m and u as they are inside
+    ``optax.inject_hyperparams``, without a word.)
+
+    Args:
+      state: An optimizer's state, with one :class:`ScaleByAdamaxState` in it.
+      adamax_state: What takes its place.
+
+    Returns:
+      The state, in the same containers.
+
+    Raises:
+      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in the state.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from adamax_jax import adamax, insert_state
+      >>> params = jnp.ones(2)
+      >>> old = adamax().init(params)[0]._replace(count=jnp.int32(7))
+      >>> optimizer = adamax(optax.cosine_decay_schedule(1e-2, decay_steps=100))
+      >>> state = insert_state(optimizer.init(params), old)
+      >>> state[0].count, state[1].count
+      (Array(7, dtype=int32), Array(7, dtype=int32))
+    """
+    the_state(state)
+
+    def replace(path, leaf):
+        if isinstance(leaf, ScaleByAdamaxState):
+            return adamax_state
+        is_count = path and getattr(path[-1], "name", None) == "count"
+        return adamax_state.count if is_count else leaf
+
+    return jax.tree_util.tree_map_with_path(
+        replace, state, is_leaf=lambda x: isinstance(x, ScaleByAdamaxState)
     )
 
 

@@ -16,6 +16,7 @@ from adamax_jax import (
     convert_state,
     from_optax,
     from_torch,
+    insert_state,
     moments,
     to_optax,
 )
@@ -109,15 +110,49 @@ def test_there_and_back_the_numbers_are_the_same(storage):
         chex.assert_trees_all_close(u, moments(state)[1], rtol=tolerance)
 
 
-def test_parts_that_optax_arranges_otherwise_are_set_into_a_new_state():
+def test_parts_that_optax_arranges_otherwise_are_inserted_into_a_new_state():
     """A mask of the decay has a state of its own in Optax, and a schedule another."""
     options = {"weight_decay": SCHEDULE, "mask": {"a": True, "b": False}}
     theirs, ours = optax.adamaxw(SCHEDULE, **options), adamaxw(SCHEDULE, **options)
     params, state = descend(theirs, PARAMS, theirs.init(PARAMS), GRADIENTS[:20])
     expected, _ = descend(theirs, params, state, GRADIENTS[20:])
-    new = optax.tree.set(ours.init(PARAMS), **from_optax(state[0])._asdict())
+    new = insert_state(ours.init(PARAMS), from_optax(state[0]))
     actual, _ = descend(ours, params, new, GRADIENTS[20:])
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda adamax: adamax(SCHEDULE),
+        lambda adamax: optax.inject_hyperparams(adamax)(SCHEDULE),
+        lambda adamax: optax.inject_hyperparams(adamax)(0.1),
+        lambda adamax: optax.apply_if_finite(adamax(SCHEDULE), 3),
+        lambda adamax: optax.chain(optax.clip(1.0), adamax(SCHEDULE)),
+        lambda adamax: optax.MultiSteps(adamax(SCHEDULE), 1),
+    ],
+    ids=["schedule", "injected", "injected number", "guarded", "chain", "MultiSteps"],
+)
+def test_an_inserted_state_goes_on_to_the_bit(wrap):
+    optimizer = wrap(adamax)
+    params, state = descend(optimizer, PARAMS, optimizer.init(PARAMS), GRADIENTS[:20])
+    expected = descend(optimizer, params, state, GRADIENTS[20:])
+    new = insert_state(
+        optimizer.init(PARAMS),
+        ScaleByAdamaxState(
+            *(optax.tree.get(state, field, filtering=of_adamax) for field in FIELDS)
+        ),
+    )
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    actual = descend(optimizer, params, new, GRADIENTS[20:])
+    chex.assert_trees_all_equal(actual[0], expected[0])
+
+
+FIELDS = ScaleByAdamaxState._fields
+
+
+def of_adamax(path, _):
+    return getattr(path[-1], "tuple_name", None) == "ScaleByAdamaxState"
 
 
 def test_complex_states_of_optax_get_a_real_u():
@@ -146,6 +181,8 @@ def test_states_that_are_not_there():
         from_optax(optax.sgd(0.1).init(PARAMS))
     with pytest.raises(ValueError, match="holds no ScaleByAdamaxState"):
         to_optax(optax.adam(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match="holds 0 ScaleByAdamaxState, not one"):
+        insert_state(optax.adam(0.1).init(PARAMS), adamax().init(PARAMS)[0])
 
 
 def torch_state(steps=(3, 3), keys=("exp_avg", "exp_inf"), **arrays):
@@ -175,7 +212,7 @@ def test_from_torch_brings_state_where_the_converter_brings_weights():
     np.testing.assert_array_equal(state.u["kernel"], [[1, 3, 5], [2, 4, 6]])
     params = {"kernel": jnp.ones([2, 3]), "bias": jnp.ones(3)}
     optimizer = adamaxw(SCHEDULE)
-    new = optax.tree.set(optimizer.init(params), **state._asdict())
+    new = insert_state(optimizer.init(params), state)
     assert jax.tree.map(jax.typeof, new) == jax.tree.map(
         jax.typeof, optimizer.init(params)
     )
@@ -195,8 +232,8 @@ def torch_model(params):
 
 def torch_loss(params, x, y):
     hidden, output = params
-    x = jnp.tanh(x @ hidden["kernel"] + hidden["bias"])
-    return jnp.mean((x @ output["kernel"] + output["bias"] - y) ** 2)
+    x = jnp.tanh(x @ hidden["kernel"] + hidden["bias"][None])
+    return jnp.mean((x @ output["kernel"] + output["bias"][None] - y) ** 2)
 
 
 @pytest.mark.parametrize("carried", [True, False], ids=["carried", "a new state"])
@@ -214,7 +251,7 @@ def test_a_training_run_begun_in_torch_continues_here(carried):
     state = optimizer.init(params)
     if carried:
         state = from_torch(run.state_dict, run.names, torch_model)
-        state = optax.tree.set(optimizer.init(params), **state._asdict())
+        state = insert_state(optimizer.init(params), state)
 
     @jax.jit
     def step(params, state):

@@ -1,32 +1,31 @@
-"""Sharded parameters on eight devices.
+"""Parameters and batches divided over devices: no bit of the state depends on it."""
 
-The tests run in a process of their own, which has eight virtual CPU devices:
-this file called as a script.
-"""
-
-import os
-import subprocess
-import sys
-
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from sequences import STORAGES
 
-from adamax_jax import adamax, adamaxw, moments
+from adamax_jax import adamax, adamaxw, zero_shardings
+
+P = PartitionSpec
+STEPS, BATCH = 6, 64
 
 
-def check_explicit_sharding():
+def mesh_of(axis_type):
+    return jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+
+
+def check_explicit_types():
     """Every leaf of the state keeps its type, sharding included."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):
         for dtype in (jnp.float16, jnp.float32, jnp.complex64):
             params = jnp.ones([2, 8, 4], dtype)
-            params = jax.device_put(
-                params, NamedSharding(mesh, PartitionSpec(None, "x"))
-            )
+            params = jax.device_put(params, NamedSharding(mesh, P(None, "data")))
             for optimizer in (
                 adamax(),
                 adamaxw(nesterov=True),
@@ -34,8 +33,8 @@ def check_explicit_sharding():
             ):
                 state = optimizer.init(params)
                 types = jax.tree.map(jax.typeof, state)
-                assert types[0].m.sharding.spec == PartitionSpec(None, "x", None)
-                assert types[0].u.sharding.spec == PartitionSpec(None, "x", None)
+                assert types[0].m.sharding.spec == P(None, "data", None)
+                assert types[0].u.sharding.spec == P(None, "data", None)
                 for update in (optimizer.update, jax.jit(optimizer.update)):
                     _, new_state = update(params, state, params)
                     assert jax.tree.map(jax.typeof, new_state) == types
@@ -44,65 +43,210 @@ def check_explicit_sharding():
                 )
 
 
-def check_sharded_equals_one_device():
-    """State follows the parameters' sharding, and no bit depends on it."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    rng = np.random.default_rng(0)
-    gradients = jnp.asarray(rng.normal(size=[5, 16, 4]), jnp.float32)
+def check_updates_need_no_exchange():
+    """The state follows the parameters' sharding; no device hears of another."""
+    mesh = mesh_of(AxisType.Auto)
     for storage in STORAGES.values():
-        check_shardings(mesh, gradients, adamaxw(0.1, **storage))
+        optimizer = adamaxw(0.1, **storage)
+        for sharding in (NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))):
+            params = jax.device_put(jnp.ones([16, 4]), sharding)
+            state = optimizer.init(params)
+            step = jax.jit(optimizer.update)
+            _, new_state = step(params, state, params)
+            for adamax_state in (state[0], new_state[0]):
+                assert adamax_state.m.sharding.is_equivalent_to(sharding, 2)
+                assert adamax_state.u.sharding.is_equivalent_to(sharding, 2)
+            compiled = step.lower(params, state, params).compile().as_text()
+            assert "fusion" in compiled
+            for name in ("all-", "reduce-scatter", "collective"):
+                assert name not in compiled
 
 
-def check_shardings(mesh, gradients, optimizer):
-    results = []
-    for sharding in (
-        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-        NamedSharding(mesh, PartitionSpec()),
-        NamedSharding(mesh, PartitionSpec("x")),
-    ):
-        params = jax.device_put(jnp.ones([16, 4]), sharding)
-        state = optimizer.init(params)
-        assert state[0].m.sharding.is_equivalent_to(sharding, 2)
-        step = jax.jit(optimizer.update)
-        for g in gradients:
-            updates, state = step(jax.device_put(g, sharding), state, params)
-        assert state[0].u.sharding.is_equivalent_to(sharding, 2)
-        results.append(jax.tree.map(np.asarray, (updates, state)))
-        # Element by element: no device needs to hear of another.
-        compiled = step.lower(params, state, params).compile().as_text()
-        collectives = ("all-", "reduce-scatter", "collective")
-        assert not any(name in compiled for name in collectives)
-    (updates, state), *others = results
-    for other_updates, other_state in others:
-        # u to the last bit; the products in m may be fused another way.
-        np.testing.assert_array_equal(other_state[0].u, state[0].u)
-        np.testing.assert_allclose(other_updates, updates, rtol=0, atol=1e-6)
-        (m, u), (other_m, _) = (
-            jax.tree.map(np.asarray, moments(s)) for s in (state, other_state)
+def initial():
+    return {"kernel": jnp.ones([16, 8]), "bias": jnp.zeros(16)}
+
+
+def batches():
+    """Numbers of so few bits that every sum over a batch is exact, in any order."""
+    rng = np.random.default_rng(0)
+    for t in range(STEPS):
+        scale = np.float32(2.0 ** (-t % 3))
+        kernel = rng.integers(-128, 128, [BATCH, 16, 8]) * scale
+        bias = rng.integers(-128, 128, [BATCH, 16]) * scale
+        yield {"kernel": np.float32(kernel), "bias": np.float32(bias)}
+
+
+def loss(params, batch):
+    """Linear in the parameters: the gradient is the mean of the batch."""
+    terms = jax.tree.map(
+        lambda p, x: jnp.sum(p[None] * x) / BATCH,
+        params,
+        batch,
+    )
+    return terms["kernel"] + terms["bias"]
+
+
+def train(step, params, state, put):
+    for batch in batches():
+        params, state = step(params, state, put(batch))
+    return params, state
+
+
+def by_jit(optimizer, mesh, params_spec, state_spec):
+    """Compiled for the whole mesh, data-parallel over ``data``.
+
+    Where parameters are divided, they are brought together for the loss, and where the
+    state is, gradients are divided and updates brought together, as the compiler does
+    by itself unless the mesh's axes are explicit.
+    """
+    explicit = AxisType.Explicit in mesh.axis_types
+    reshard = jax.sharding.reshard if explicit else lambda tree, sharding: tree
+
+    def divided(spec):
+        return jax.tree.map(lambda p: NamedSharding(mesh, spec), initial())
+
+    @jax.jit
+    def step(params, state, batch):
+        gradients = jax.grad(lambda params: loss(reshard(params, divided(P())), batch))(
+            params
         )
-        # One code of int8 at most, where a product decides on which side it falls.
-        np.testing.assert_allclose(other_m / u, m / u, rtol=0, atol=0.02)
+        gradients = reshard(gradients, divided(state_spec))
+        updates, state = optimizer.update(gradients, state, params)
+        updates = reshard(updates, divided(params_spec))
+        return optax.apply_updates(params, updates), state
+
+    def put(batch):
+        return jax.device_put(batch, NamedSharding(mesh, P("data")))
+
+    with jax.set_mesh(mesh):
+        params = jax.device_put(initial(), divided(params_spec))
+        state = optimizer.init(params)
+        if state_spec != params_spec:
+            shardings = zero_shardings(optimizer, params, mesh, "data")
+            state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+        params, state = train(step, params, state, put)
+    assert (
+        state[0]
+        .u["kernel"]
+        .sharding.is_equivalent_to(NamedSharding(mesh, state_spec), 2)
+    )
+    return params, state
 
 
-CHECKS = {
-    check.__name__: check
-    for check in (check_explicit_sharding, check_sharded_equals_one_device)
+def by_shard_map(optimizer, mesh, params_spec, state_spec):
+    """Written for one device, with the exchanges spelled out."""
+    params_specs = jax.tree.map(lambda p: params_spec, initial())
+    shardings = zero_shardings(optimizer, initial(), mesh, "data")
+    state_specs = jax.tree.map(
+        lambda sharding: sharding.spec if state_spec == P("data") else P(), shardings
+    )
+
+    def gathered(x):
+        return jax.lax.all_gather(x, "data", tiled=True)
+
+    def step(params, state, batch):
+        whole = jax.tree.map(gathered, params) if params_spec == P("data") else params
+        gradients = jax.grad(loss)(whole, batch)
+        if state_spec == P("data"):
+            gradients = jax.tree.map(
+                lambda g: jax.lax.psum_scatter(g, "data", tiled=True), gradients
+            )
+        else:
+            gradients = jax.lax.psum(gradients, "data")
+        updates, state = optimizer.update(gradients, state)
+        if state_spec != params_spec:
+            updates = jax.tree.map(gathered, updates)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(params_specs, state_specs, P("data")),
+            out_specs=(params_specs, state_specs),
+            # Gathered updates are the same on all devices, which is not inferred.
+            check_vma=False,
+        )
+    )
+    params = jax.device_put(initial(), NamedSharding(mesh, params_spec))
+    state = jax.device_put(
+        optimizer.init(initial()),
+        jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs),
+    )
+    return train(step, params, state, lambda batch: batch)
+
+
+LAYOUTS = {
+    "data-parallel": (P(), P()),
+    "FSDP": (P("data"), P("data")),
+    "ZeRO-1": (P(), P("data")),
 }
+
+
+def check_no_bit_depends_on_the_layout():
+    auto, explicit = mesh_of(AxisType.Auto), mesh_of(AxisType.Explicit)
+    for name, storage in STORAGES.items():
+        optimizer = adamax(0.1, **storage)
+        one = jax.make_mesh(
+            (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]
+        )
+        expected_params, expected = by_jit(optimizer, one, P(), P())
+        assert int(expected[0].count) == STEPS
+        for layout, specs in LAYOUTS.items():
+            for params, state in (
+                by_jit(optimizer, auto, *specs),
+                by_jit(optimizer, explicit, *specs),
+                by_shard_map(optimizer, auto, *specs),
+            ):
+                assert_same_bits(state, expected, f"{name}, {layout}")
+                # The compiler may turn a division into a product, or fuse another
+                # sum into one: two ulps of parameters near 1.
+                for p, q in zip(
+                    jax.tree.leaves(params),
+                    jax.tree.leaves(expected_params),
+                    strict=True,
+                ):
+                    np.testing.assert_allclose(p, q, rtol=0, atol=2**-22)
+
+
+def assert_same_bits(actual, expected, message):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), message
+
+
+def check_leaves_of_one_coordinate_a_device():
+    """Where each device has a single number, its code is scalar code: the same bits."""
+    mesh = mesh_of(AxisType.Auto)
+    g = np.float32(np.random.default_rng(0).normal(size=[50, 8]))
+    for storage in STORAGES.values():
+        optimizer = adamax(0.1, **storage)
+        states = []
+        for sharding in (
+            SingleDeviceSharding(jax.devices()[0]),
+            NamedSharding(mesh, P("data")),
+        ):
+            state = optimizer.init(jax.device_put(jnp.ones(8), sharding))
+            step = jax.jit(optimizer.update)
+            for g_t in g:
+                _, state = step(jax.device_put(g_t, sharding), state)
+            states.append(state)
+        assert_same_bits(*states, "one coordinate a device")
+
+
+CHECKS = eight_devices.named(
+    check_explicit_types,
+    check_updates_need_no_exchange,
+    check_no_bit_depends_on_the_layout,
+    check_leaves_of_one_coordinate_a_device,
+)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_eight_devices(check):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__, check],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "checked on 8 devices\n"
+    eight_devices.run(__file__, check)
 
 
 if __name__ == "__main__":
-    CHECKS[sys.argv[1]]()
-    print(f"checked on {len(jax.devices())} devices")
+    eight_devices.main(CHECKS)

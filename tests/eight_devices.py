@@ -1,0 +1,52 @@
+"""Checks that need eight devices, in a process of their own with eight virtual CPUs.
+
+A test module calls :func:`run` for each of its checks; called as a script, it ends in
+:func:`main`. One process serves all checks of a module.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import traceback
+
+import jax
+
+
+def run(file, check):
+    """Asserts that a check of a module passes."""
+    problem = _problems(file)[check]
+    assert problem is None, problem
+
+
+@functools.cache
+def _problems(file):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", file],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(checks):
+    """Prints what is wrong with each check, None for nothing."""
+    assert len(jax.devices()) == 8
+    print(json.dumps({name: _problem(check) for name, check in checks.items()}))
+
+
+def _problem(check):
+    try:
+        check()
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+def named(*checks):
+    """The checks by their names."""
+    return {check.__name__: check for check in checks}

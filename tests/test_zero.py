@@ -1,0 +1,299 @@
+"""ZeRO-1: shardings of the state, the bytes they save and what they cost."""
+
+import re
+import warnings
+
+import eight_devices
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from sequences import STORAGES
+
+from adamax_jax import adamax, adamaxw, zero_shardings
+
+P = PartitionSpec
+AUTO = AxisType.Auto
+
+
+def data_mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(AUTO,))
+
+
+def abstract(*shape, dtype=jnp.float32, sharding=None):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def specs(shardings):
+    """The specs without the None at their ends, which say nothing."""
+
+    def strip(sharding):
+        entries = list(sharding.spec)
+        while entries and entries[-1] is None:
+            entries.pop()
+        return P(*entries)
+
+    return jax.tree.map(strip, shardings)
+
+
+def check_which_dimension_is_divided():
+    mesh = data_mesh()
+    params = {
+        "first": abstract(16, 8),
+        "second": abstract(3, 24),
+        "convolution": abstract(3, 3, 5, 64),
+        "vector": abstract(8),
+        "scalar": abstract(),
+        "single": abstract(1),
+        "empty": abstract(0, 8),
+        "complex": abstract(8, dtype=jnp.complex64),
+        "none": None,
+    }
+    expected = {
+        "first": P("data"),
+        "second": P(None, "data"),
+        "convolution": P(None, None, None, "data"),
+        "vector": P("data"),
+        "scalar": P(),
+        "single": P(),
+        "empty": P(None, "data"),
+        "complex": P("data"),
+        "none": None,
+    }
+    state = specs(zero_shardings(adamax(), params, mesh, "data"))[0]
+    assert state.m == state.u == expected
+    assert state.count == state.u_scale == P()
+
+
+def check_the_parameters_own_sharding_is_kept():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AUTO, AUTO))
+
+    def spec(shape, *own):
+        params = abstract(*shape, sharding=NamedSharding(mesh, P(*own)))
+        return specs(zero_shardings(adamax(), params, mesh, "data"))[0].m
+
+    assert spec([8, 16], "model") == P("model", "data")
+    assert spec([16, 8], None, "model") == P("data", "model")
+    # No free dimension: one gets both axes.
+    assert spec([16], "model") == P(("model", "data"))
+    assert spec([6, 16], None, "model") == P(None, ("model", "data"))
+    # Divided over the axis already, as in FSDP.
+    assert spec([16, 8], "data") == P("data")
+    assert spec([16, 8], ("model", "data")) == P(("model", "data"))
+    concrete = jax.device_put(jnp.ones([8, 16]), NamedSharding(mesh, P("model")))
+    shardings = zero_shardings(adamax(), {"a": concrete}, mesh, "data")
+    assert specs(shardings)[0].u["a"] == P("model", "data")
+
+
+OPTIMIZERS = {
+    "adamaxw": adamaxw(optax.linear_schedule(0.1, 0.0, 10)),
+    "two bytes": adamax(m_dtype="int8", u_dtype="uint8"),
+    "MultiSteps": optax.MultiSteps(adamax(), 2),
+    "injected": optax.inject_hyperparams(adamax)(0.1),
+    "masked": optax.masked(adamax(), {"kernel": True, "bias": False}),
+    "partition": optax.partition(
+        {"a": adamax(0.1), "b": optax.sgd(0.1, momentum=0.9)},
+        {"kernel": "a", "bias": "b"},
+    ),
+    "flatten": optax.flatten(adamax()),
+    "optax.adamw": optax.adamw(0.1),
+    "optax.contrib.muon": optax.contrib.muon(0.1),
+    "optax.lbfgs": optax.lbfgs(0.1, linesearch=None),
+    "schedule_free": optax.contrib.schedule_free(adamax(b1=0.0), 0.1),
+}
+
+
+def check_any_optax_state():
+    """All arrays of the parameters' sizes are divided, all scalars replicated."""
+    mesh = data_mesh()
+    params = {"kernel": jnp.ones([24, 16]), "bias": jnp.ones(8)}
+    for name, optimizer in OPTIMIZERS.items():
+        with warnings.catch_warnings():
+            # The few coefficients that Muon and L-BFGS keep.
+            warnings.filterwarnings("ignore", ".*(ns_coeffs|weights_memory).*")
+            shardings = zero_shardings(optimizer, params, mesh, "data")
+        init = jax.jit(optimizer.init, out_shardings=shardings)
+        state = init(params)
+        assert jax.tree.structure(state) == jax.tree.structure(optimizer.init(params))
+        arrays = [x for x in jax.tree.leaves(state) if x.size >= 8 and x.ndim]
+        assert arrays, name
+        for array in arrays:
+            shape = array.addressable_shards[0].data.shape
+            whole = name == "optax.lbfgs" and array.shape == (10,)
+            assert whole or np.prod(shape) == array.size / 8, (name, array.shape)
+        for array in jax.tree.leaves(state):
+            assert array.ndim or array.sharding.is_fully_replicated
+        assert all(
+            np.array_equal(x, y)
+            for x, y in zip(
+                jax.tree.leaves(state),
+                jax.tree.leaves(optimizer.init(params)),
+                strict=True,
+            )
+        )
+
+
+def check_what_cannot_be_divided_is_reported():
+    mesh = data_mesh()
+    params = {"odd": abstract(7, 3), "even": abstract(8), "single": abstract(1)}
+    with pytest.warns(UserWarning) as caught:
+        shardings = zero_shardings(adamax(), params, mesh, "data")
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert str(warning.message) == (
+        "168 of the optimizer state's 248 bytes stay replicated over axis 'data', "
+        "since 8 divides no dimension of [0].m['odd'] (7, 3), [0].u['odd'] (7, 3)."
+    )
+    assert specs(shardings)[0].m == {"odd": P(), "even": P("data"), "single": P()}
+    many = [abstract(3) for _ in range(20)]
+    with pytest.warns(UserWarning, match=r"\[0\]\.m\[9\] \(3,\) and 30 more\.$"):
+        zero_shardings(adamax(), many, mesh, "data")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zero_shardings(adamax(), {"even": abstract(8)}, mesh, "data")
+
+
+def check_errors():
+    mesh = data_mesh()
+    with pytest.raises(ValueError, match=r"axis must be .*\('data',\), got 'batch'"):
+        zero_shardings(adamax(), abstract(8), mesh, "batch")
+    other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AUTO, AUTO))
+    params = {"w": abstract(8, sharding=NamedSharding(other, P("b")))}
+    with pytest.raises(ValueError, match=r"\['w'\] is divided .* \{'data': 8\}"):
+        zero_shardings(adamax(), params, mesh, "data")
+    with pytest.raises(TypeError, match="floating-point or complex"):
+        zero_shardings(adamax(), abstract(8, dtype=jnp.int32), mesh, "data")
+
+
+WIDTH, BATCH, STEPS = 64, 32, 10
+
+
+def mlp():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [
+        {"kernel": jax.random.normal(key, [WIDTH, WIDTH]) / 8, "bias": jnp.zeros(WIDTH)}
+        for key in keys
+    ]
+
+
+def mlp_loss(params, x):
+    y = x
+    for layer in params:
+        y = jnp.tanh(y @ layer["kernel"] + layer["bias"])
+    return jnp.mean((y - x) ** 2)
+
+
+def data():
+    return jax.random.normal(jax.random.key(1), [STEPS, BATCH, WIDTH])
+
+
+def gathered_bytes(compiled):
+    """The bytes of the results of all all-gathers, by dtype."""
+    bytes_of = {}
+    for line in compiled.splitlines():
+        match = re.search(r" = (.*) all-gather(-start)?\(", line)
+        if not match:
+            continue
+        result = match[1].rsplit(", ", 1)[-1] if match[2] else match[1]
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            size = np.prod([int(n) for n in shape.split(",")])
+            bytes_of[dtype] = bytes_of.get(dtype, 0) + size * (int(dtype[1:]) // 8)
+    return bytes_of
+
+
+def train(mesh, optimizer, shardings):
+    """Parameters replicated, the batch divided; the run and its compiled step."""
+    replicated = NamedSharding(mesh, P())
+
+    def step(params, state, x):
+        loss, gradients = jax.value_and_grad(mlp_loss)(params, x)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    params = jax.device_put(mlp(), replicated)
+    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    step = jax.jit(
+        step,
+        donate_argnums=(0, 1),
+        out_shardings=(replicated, shardings, replicated),
+    )
+    batches = jax.device_put(data(), NamedSharding(mesh, P(None, "data")))
+    compiled = step.lower(params, state, batches[0]).compile()
+    losses = []
+    for x in batches:
+        params, state, loss = step(params, state, x)
+        losses.append(float(loss))
+    return params, state, losses, compiled
+
+
+def check_training():
+    """An eighth of the bytes, the same run, and one exchange: that of the updates."""
+    mesh = data_mesh()
+    parameter_bytes = sum(x.nbytes for x in jax.tree.leaves(mlp()))
+    for name, storage in STORAGES.items():
+        optimizer = adamax(0.01, **storage)
+        shardings = zero_shardings(optimizer, mlp(), mesh, "data")
+        replicated = jax.tree.map(lambda _: NamedSharding(mesh, P()), shardings)
+        params, state, losses, compiled = train(mesh, optimizer, shardings)
+        whole_params, whole_state, whole_losses, _ = train(mesh, optimizer, replicated)
+
+        on_one_device = sum(
+            x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)
+        )
+        scalars = state[0].count.nbytes + state[0].u_scale.nbytes
+        total = sum(x.nbytes for x in jax.tree.leaves(whole_state))
+        assert on_one_device == (total - scalars) / 8 + scalars
+        assert state[0].m[0]["kernel"].sharding.spec[0] == "data"
+
+        # The whole batch is summed in another order: rounding, and what it grows to.
+        np.testing.assert_allclose(losses, whole_losses, rtol=1e-5)
+        assert losses[-1] < 0.9 * losses[0]
+        for p, q in zip(
+            jax.tree.leaves(params), jax.tree.leaves(whole_params), strict=True
+        ):
+            # A number of the narrow states may be rounded to the other side, which
+            # changes steps by that much of themselves.
+            rounding = {"own": 1e-5, "bfloat16": 2**-8, "two bytes": 0.018}[name]
+            np.testing.assert_allclose(p, q, rtol=0, atol=0.01 * rounding * STEPS)
+
+        # The parameters' bytes once, in float32, as their updates or as themselves:
+        # nothing of the state. Narrow states have other dtypes, so that even a part
+        # of one would be seen.
+        assert gathered_bytes(compiled.as_text()) == {"f32": parameter_bytes}
+
+
+def check_the_update_alone_exchanges_nothing():
+    mesh = data_mesh()
+    for storage in STORAGES.values():
+        optimizer = adamax(0.01, **storage)
+        shardings = zero_shardings(optimizer, mlp(), mesh, "data")
+        divided = shardings[0].m
+        gradients = jax.device_put(mlp(), divided)
+        state = jax.jit(optimizer.init, out_shardings=shardings)(mlp())
+        update = jax.jit(optimizer.update, out_shardings=(divided, shardings))
+        compiled = update.lower(gradients, state).compile().as_text()
+        assert "fusion" in compiled
+        for collective in ("all-", "reduce-scatter", "collective"):
+            assert collective not in compiled
+
+
+CHECKS = eight_devices.named(
+    check_which_dimension_is_divided,
+    check_the_parameters_own_sharding_is_kept,
+    check_any_optax_state,
+    check_what_cannot_be_divided_is_reported,
+    check_errors,
+    check_training,
+    check_the_update_alone_exchanges_nothing,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_eight_devices(check):
+    eight_devices.run(__file__, check)
+
+
+if __name__ == "__main__":
+    eight_devices.main(CHECKS)
