@@ -138,8 +138,8 @@ def test_every_dtype_comes_back(way, tmp_path):
     """Also those that NumPy itself does not know."""
     floats = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
     if way is by_equinox:
-        # NumPy's file format calls it f1, and does not know that when it reads it.
-        floats.remove("float8_e5m2")
+        # NumPy's file format, which Equinox writes, does not know float8.
+        floats = floats[:2]
     params = make_params()
     states, templates = {}, {}
     for m_dtype, u_dtype in [("int8", "uint8"), *zip(floats, floats, strict=True)]:
