@@ -72,7 +72,7 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
     ``decades``
       :math:`\log_{10}` of the largest u by the smallest, unseen coordinates aside: how
       badly the problem is scaled, and what ``u_dtype`` must span. uint8 spans 18
-      decades, float16 12, float8_e5m2 9, float8_e4m3fn 5.
+      decades, float16 11, float8_e5m2 9, float8_e4m3fn 5.
     ``saturated``
       The fraction of coordinates whose stored m or u is the first or the last number of
       its dtype, unseen ones aside. Should be 0: else take a wider ``u_dtype``, or scale

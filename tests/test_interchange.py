@@ -171,8 +171,9 @@ def test_optax_in_half_precision():
     theirs = optax.adamax(0.1)
     _, state = theirs.update(g, theirs.init(g))
     state = from_optax(state)
-    for _ in range(2000):
-        _, state = adamax().update(0 * g, state)
+    state = jax.lax.fori_loop(
+        0, 2000, lambda _, state: adamax().update(0 * g, state)[1], state
+    )
     chex.assert_trees_all_close(moments(state)[1], 0.999**2000 * jnp.ones(2), rtol=4e-3)
 
 

@@ -3,18 +3,24 @@
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import optax
+import peers
 import pytest
+import test_peers
+
+import adamax_jax
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+FLAGS = re.DOTALL | re.MULTILINE
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, FLAGS)
 
 
-def run(example):
-    names = {}
+def run(example, **names):
     exec(compile(example, "README.md", "exec"), names)
     return names
 
@@ -38,11 +44,89 @@ def test_chain_example():
 
 
 def test_storage_example():
-    names = {"params": jnp.ones(100)}
-    exec(compile(EXAMPLES[2], "README.md", "exec"), names)
+    names = run(EXAMPLES[2], params=jnp.ones(100))
     arrays = [x for x in jax.tree.leaves(names["state"]) if x.ndim]
     assert sum(x.nbytes for x in arrays) == 200
     assert names["m"].dtype == names["u"].dtype == jnp.float32
+
+
+def test_devices_example():
+    # Optax's cosine schedule mixes integers and floats.
+    with jax.numpy_dtype_promotion("standard"):
+        names = run(EXAMPLES[3], **run(EXAMPLES[1]))
+    # The state is new, so the second step is as long as the first.
+    assert names["params"]["bias"] == pytest.approx(-2e-2)
+    assert names["state"][1][0].m["bias"].sharding.mesh == names["mesh"]
+
+
+def test_diagnosis_example(capsys):
+    run(EXAMPLES[4])
+    table = re.search(r"print\(diagnose.*?^```\n\n```\n(.*?)^```", README, FLAGS)[1]
+    assert capsys.readouterr().out == table
+
+
+def test_torch_example():
+    """With what PyTorch gave when it was there."""
+    recorded = peers.torch_model()
+    weights = {name: steps[0] for name, steps in recorded.params.items()}
+    names = run(
+        EXAMPLES[5],
+        to_jax=lambda weights: {k: jnp.asarray(v.T) for k, v in weights.items()},
+        torch_model=SimpleNamespace(
+            state_dict=lambda: weights, named_parameters=weights.items
+        ),
+        torch_optimizer=SimpleNamespace(state_dict=lambda: recorded.state_dict),
+    )
+    assert int(names["state"][0].count) == 20
+    weight = recorded.state_dict["state"][0]["exp_inf"]
+    assert jnp.array_equal(names["state"][0].u["0.weight"], weight.T)
+
+
+D = {"lr": 0.1, "b1": 0.8, "b2": 0.9, "eps": 0.1, "w": 0.1}
+# For the beginning of each row, the recorded run and what its letters stand for.
+ROWS = {
+    "`torch.optim.Adamax(params, lr)`": ("torch-defaults", {"lr": 2e-3}),
+    "`torch.optim.Adamax(params, lr, weight_decay": (
+        "torch-l2",
+        {"lr": 2e-3, "w": 0.1},
+    ),
+    "`torch.optim.Adamax(params, lr, maximize": ("torch-maximize", {"lr": 2e-3}),
+    "`keras.optimizers.Adamax(lr)`": ("keras-defaults", {"lr": 1e-3}),
+    "`keras.optimizers.Adamax(lr, weight": ("keras-decay", {"lr": 1e-3, "w": 0.004}),
+    "TensorFlow": (
+        "tensorflow-dense",
+        D | {"beta1": 0.8, "beta2": 0.9, "epsilon": 0.1},
+    ),
+    "`mlx": ("mlx-defaults", {"lr": 1e-3}),
+    "`optax.adamax(": ("optax-dense", D),
+    "`optax.adamaxw": ("optax-decay", {"lr": 2e-3, "w": 0.1}),
+    "fairseq's `adamax` with `lr": ("fairseq-dense", D | {"betas": (0.8, 0.9)}),
+    "fairseq's `adamax` without": ("fairseq-uncorrected", {"lr": 2e-3, "w": 0.1}),
+    "MT-DNN": ("mt_dnn-defaults", {"lr": 1e-3, "w": 1e-2}),
+    "`paddle": ("paddle-dense", {"lr": 1e-3}),
+}
+SECTION = README[README.index("## Coming from") : README.index("## What the demo")]
+TABLE = re.findall(r"^\| (.+?) \| (.+) \|$", SECTION, re.MULTILINE)
+
+
+def test_every_row_of_the_table_is_held_to_a_run():
+    left = [row[0] for row in TABLE if row[1] != "here"]
+    assert len(left) == len(ROWS)
+    for start in ROWS:
+        assert len([cell for cell in left if cell.startswith(start)]) == 1, start
+
+
+@pytest.mark.parametrize("start", ROWS)
+def test_coming_from(start):
+    name, letters = ROWS[start]
+    (right,) = (right for left, right in TABLE if left.startswith(start))
+    expression = re.findall("`([^`]+)`", right)[-1]
+    optimizer = eval(expression, vars(adamax_jax) | {"optax": optax} | letters)
+    initial, gradients, expected = test_peers.recorded(name, "float32")
+    # The schedules mix integers and floats, as a reader's would.
+    with jax.numpy_dtype_promotion("standard"):
+        actual = test_peers.run(optimizer, initial, gradients, "float32")
+    test_peers.assert_same(peers.CASES[name].keep(actual), expected, "float32")
 
 
 def test_links_lead_somewhere():
@@ -53,7 +137,7 @@ def test_links_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("extra", ["demo", "test", "dev"])
+@pytest.mark.parametrize("extra", ["demo", "test", "trainers", "dev"])
 def test_extras_exist(extra):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f'pip install -e ".[{extra}]"' in README

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sequences import STORAGES
 
-from adamax_jax import adamax, adamaxw, zero_shardings
+from adamax_jax import adamax, adamaxw, diagnose, zero_shardings
 
 P = PartitionSpec
 AUTO = AxisType.Auto
@@ -264,6 +264,20 @@ def check_training():
         assert gathered_bytes(compiled.as_text()) == {"f32": parameter_bytes}
 
 
+def check_a_divided_state_is_diagnosed_as_a_whole():
+    mesh = data_mesh()
+    for storage in STORAGES.values():
+        optimizer = adamax(0.01, **storage)
+        shardings = zero_shardings(optimizer, mlp(), mesh, "data")
+        _, state, _, _ = train(mesh, optimizer, shardings)
+        whole = jax.device_put(state, NamedSharding(mesh, P()))
+        for figures in (diagnose(state), jax.jit(diagnose)(state)):
+            for x, y in zip(
+                jax.tree.leaves(figures), jax.tree.leaves(diagnose(whole)), strict=True
+            ):
+                np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
 def check_the_update_alone_exchanges_nothing():
     mesh = data_mesh()
     for storage in STORAGES.values():
@@ -286,6 +300,7 @@ CHECKS = eight_devices.named(
     check_what_cannot_be_divided_is_reported,
     check_errors,
     check_training,
+    check_a_divided_state_is_diagnosed_as_a_whole,
     check_the_update_alone_exchanges_nothing,
 )
 
