@@ -58,15 +58,15 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       mere noise have about 0.1. If it is much smaller, look at ``stale``.
     ``unseen``
       The fraction of coordinates whose u is not above ``eps``: they never saw a
-      gradient. Dead units, parameters that the loss does not depend on, rows of an
-      embedding that never came up: mend or freeze them. A gradient that was exactly
-      0 so far cannot be told from one that underflowed: in half precision, scale the
-      loss.
+      gradient, or not for so long that u has decayed to that. Dead units, parameters
+      that the loss does not depend on, rows of an embedding that never came up: mend or
+      freeze them. A gradient of exactly 0 cannot be told from one that underflowed: in
+      half precision, scale the loss.
     ``stale``
       The fraction of the other coordinates with :math:`|m| < u/1000`: u remembers
       gradients far above the recent ones, and the coordinate all but stands still. A
-      spike k times the usual gradient takes :math:`\ln k / (1 - \beta_2)` steps to be
-      forgotten. Clip gradients, keep spikes out with ``optax.apply_if_finite`` or
+      spike k times the usual gradient is forgotten after
+      :math:`\ln k / (1 - \beta_2)` steps. Clip gradients, keep spikes out with
       ``optax.conditionally_mask``, or lower ``b2``. Under noise alone it is about 0.01.
       Where it is 1, gradients have stopped altogether.
     ``decades``

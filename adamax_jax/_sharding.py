@@ -33,6 +33,10 @@ def zero_shardings(
     (FSDP). The axis goes to the first dimension that it divides, preferably one that is
     not divided yet. Scalars are replicated.
 
+    Give them to ``jax.jit`` twice: for ``init``, so that the state is never whole on
+    one device, and for the training step, without which the compiler may choose to
+    divide the new parameters as well.
+
     Args:
       optimizer: The optimizer; only its ``init`` is called, on abstract arrays.
       params: The parameters, or ``jax.ShapeDtypeStruct`` in their place.
@@ -53,7 +57,7 @@ def zero_shardings(
         how many bytes they are.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, optax
       >>> from jax.sharding import AxisType
       >>> from adamax_jax import adamax, zero_shardings
       >>> mesh = jax.make_mesh(
@@ -65,6 +69,12 @@ def zero_shardings(
       >>> state = jax.jit(optimizer.init, out_shardings=shardings)(params)
       >>> tuple(state[0].m["kernel"].sharding.spec)
       ('data', None)
+      >>> replicated = jax.NamedSharding(mesh, jax.P())
+      >>> def step(params, state, gradients):
+      ...     updates, state = optimizer.update(gradients, state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> step = jax.jit(step, out_shardings=(replicated, shardings))
+      >>> params, state = step(params, state, params)
 
     References:
       Rajbhandari et al., `ZeRO: Memory Optimizations Toward Training Trillion Parameter
