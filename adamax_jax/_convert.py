@@ -113,10 +113,21 @@ def map_states(
 
 def decode(state: ScaleByAdamaxState) -> tuple[optax.Updates, optax.Updates]:
     """m and u as numbers, in float32 at least."""
-    u_scale = array_in(state.u_scale)
+    u_scale = scale_of(state)
     u = jax.tree.map(lambda u: _storage.decode_u(u, u_scale), state.u)
     m = jax.tree.map(_storage.decode_m, state.m, u)
     return jax.tree.map(_at_least_float32, m), u
+
+
+def scale_of(state: ScaleByAdamaxState) -> jax.Array:
+    """The scalar u_scale of a state."""
+    u_scale = array_in(state.u_scale)
+    if u_scale.ndim > 0:
+        raise ValueError(
+            f"The state is that of an ensemble: u_scale has shape {u_scale.shape}. "
+            "Apply this function to its members with jax.vmap."
+        )
+    return u_scale
 
 
 def array_in(scalar: Any) -> jax.Array:
@@ -129,24 +140,59 @@ def _at_least_float32(x):
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def _convert(state, m_dtype, u_dtype):
+def store_like(
+    state: ScaleByAdamaxState, like: ScaleByAdamaxState
+) -> ScaleByAdamaxState:
+    """A state with m and u stored in the dtypes of another's.
+
+    Each number is rounded once, or not at all where nothing changes.
+    """
+    u_scale, stored_u = state.u_scale, state.u
     m, u = decode(state)
-    u_scale, stored_u, next_u = state.u_scale, state.u, u
-    if u_dtype is not None:
+    if dtypes(state.u) != dtypes(like.u):
         u_scale = jax.tree.map(jnp.ones_like, u_scale)
         one = array_in(u_scale)
-        stored_u = jax.tree.map(lambda u: _storage.encode_u(u, one, u_dtype), u)
-        next_u = jax.tree.map(lambda u: _storage.decode_u(u, one), stored_u)
+        stored_u = jax.tree.map(
+            lambda u, like: _storage.encode_u(u, one, like.dtype), u, like.u
+        )
+    elif dtypes(state.m) == dtypes(like.m):
+        return state
+    next_u = jax.tree.map(
+        lambda stored: _storage.decode_u(stored, array_in(u_scale)), stored_u
+    )
 
-    def encode_m(path, m, u, next_u, old):
+    def encode_m(m, u, next_u, like):
         if jnp.iscomplexobj(m):
-            check_complex(path, m.dtype, m_dtype)
-            return m.astype(_storage.complex_dtype(m_dtype)) if m_dtype else m
+            return m.astype(like.dtype)
         wide = max((m.dtype, u.dtype, next_u.dtype), key=lambda dtype: dtype.itemsize)
         m, u, next_u = (x.astype(wide) for x in (m, u, next_u))
         # The nearer of the two neighbours.
         half = jnp.asarray(0.5, u.dtype)
-        return _storage.encode_m(m, u, next_u, m_dtype or old.dtype, half)
+        return _storage.encode_m(m, u, next_u, like.dtype, half)
 
-    stored_m = jax.tree_util.tree_map_with_path(encode_m, m, u, next_u, state.m)
+    stored_m = jax.tree.map(encode_m, m, u, next_u, like.m)
     return state._replace(m=stored_m, u=stored_u, u_scale=u_scale)
+
+
+def dtypes(tree: Any) -> list[Any]:
+    """The dtypes of a tree's leaves."""
+    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
+
+
+def _convert(state, m_dtype, u_dtype):
+    def like_m(path, m):
+        if m_dtype is None:
+            return m
+        dtype = m_dtype
+        if jnp.iscomplexobj(m):
+            check_complex(path, m.dtype, m_dtype)
+            dtype = _storage.complex_dtype(m_dtype)
+        return jax.ShapeDtypeStruct(m.shape, dtype)
+
+    like = state._replace(
+        m=jax.tree_util.tree_map_with_path(like_m, state.m),
+        u=jax.tree.map(
+            lambda u: jax.ShapeDtypeStruct(u.shape, u_dtype or u.dtype), state.u
+        ),
+    )
+    return store_like(state, like)

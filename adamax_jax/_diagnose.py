@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from adamax_jax import _storage
 from adamax_jax._checks import check_eps, name_of
-from adamax_jax._convert import array_in, find_states
+from adamax_jax._convert import find_states, scale_of
 
 # |m| below this share of u: recent gradients are far below those that u remembers.
 _STALE = 1e-3
@@ -57,7 +57,7 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       gradients keep their sign: the learning rate may be larger. Gradients that are
       mere noise have about 0.1. If it is much smaller, look at ``stale``.
     ``unseen``
-      The fraction of coordinates whose u is not above ``eps``: they never saw a
+      The fraction of coordinates where m is 0 and u not above ``eps``: they never saw a
       gradient, or not for so long that u has decayed to that. Dead units, parameters
       that the loss does not depend on, rows of an embedding that never came up: mend or
       freeze them. A gradient of exactly 0 cannot be told from one that underflowed: in
@@ -78,21 +78,22 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       its dtype, unseen ones aside. Should be 0: else take a wider ``u_dtype``, or scale
       the loss.
 
-    NaN in the state makes the figures that it enters NaN.
+    NaN in a state of floats makes ``rms``, ``max`` and ``decades`` NaN; int8 and uint8
+    have none.
 
     Args:
       state: A :class:`ScaleByAdamaxState`, or an optimizer's state with some in it.
-      eps: The optimizer's ``eps``.
+      eps: The optimizer's ``eps``; with another one ``unseen`` is wrong.
 
     Returns:
-      A :class:`Diagnosis`. Its paths are those of ``jax.tree_util.keystr``; where the
-      state holds several :class:`ScaleByAdamaxState`, as from ``optax.partition``, each
-      begins with the path to its own. In ``jax.jit`` it is a tree of scalars as any
-      other; printed outside, it is a table.
+      A :class:`Diagnosis`. Its paths are those of errors, of ``jax.tree_util.keystr``;
+      where the state holds several :class:`ScaleByAdamaxState`, as from
+      ``optax.partition``, each begins with the path to its own. In ``jax.jit`` it is a
+      tree of scalars as any other; printed outside, it is a table.
 
     Raises:
-      ValueError: If there is no :class:`ScaleByAdamaxState` in the state, or ``eps`` is
-        negative or not finite.
+      ValueError: If there is no :class:`ScaleByAdamaxState` in the state, it is that of
+        an ensemble (``jax.vmap``), or ``eps`` is negative or not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -114,10 +115,11 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
     sums = {}
     for state_path, adamax_state in found:
         prefix = jax.tree_util.keystr(state_path) if len(found) > 1 else ""
-        u_scale = array_in(adamax_state.u_scale)
+        u_scale = scale_of(adamax_state)
         leaves = jax.tree.leaves_with_path(adamax_state.m)
         for (path, m), u in zip(leaves, jax.tree.leaves(adamax_state.u), strict=True):
-            sums[prefix + name_of(path)] = _sums(m, u, u_scale, eps)
+            name = prefix + jax.tree_util.keystr(path) or name_of(path)
+            sums[name] = _sums(m, u, u_scale, eps)
     return Diagnosis(
         total=_figures(_together(sums.values())),
         leaves={name: _figures(leaf) for name, leaf in sums.items()},
@@ -142,9 +144,12 @@ def _sums(stored_m, stored_u, u_scale, eps):
     u = _storage.decode_u(stored_u, u_scale)
     m = jnp.abs(_storage.decode_m(stored_m, u)).astype(u.dtype)
     ratio = jnp.where(u == 0, 0, m / jnp.where(u == 0, 1, u))
-    floor = _storage.encode_u(jnp.asarray(eps, u.dtype), u_scale, stored_u.dtype)
+    # The optimizer's eps may have been rounded to float32.
+    floor = jnp.asarray(eps, u.dtype) * (1 + 2**-20)
+    floor = _storage.encode_u(floor, u_scale, stored_u.dtype)
+    # Without m, gradients below the smallest number of a dtype would be none at all.
     # NaN counts as seen.
-    seen = ~(stored_u <= floor)
+    seen = ~((stored_u <= floor) & (stored_m == 0))
     saturated = _storage.is_saturated_m(stored_m) | _storage.is_saturated_u(stored_u)
 
     def count(where):
@@ -204,6 +209,6 @@ def _width(name):
 
 
 def _cell(figure, form):
-    if isinstance(figure, Tracer):
-        return "traced"
-    return format(float(figure), form)
+    is_number = not isinstance(figure, Tracer | jax.ShapeDtypeStruct)
+    # What is traced, abstract or of many members is no number.
+    return format(float(figure), form) if is_number and figure.ndim == 0 else "-"

@@ -1,6 +1,7 @@
 """States of other libraries' AdaMax, and back to Optax."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +10,13 @@ import numpy as np
 import optax
 
 from adamax_jax._checks import name_of
-from adamax_jax._convert import decode, map_states, the_state
+from adamax_jax._convert import (
+    array_in,
+    decode,
+    map_states,
+    store_like,
+    the_state,
+)
 from adamax_jax._transform import ScaleByAdamaxState
 
 
@@ -74,7 +81,7 @@ def to_optax(state: optax.OptState) -> optax.OptState:
 
 def from_torch(
     state_dict: Mapping[str, Any],
-    names: Sequence[str],
+    names: Iterable[str],
     convert: Callable[[dict[str, Any]], optax.Params],
 ) -> ScaleByAdamaxState:
     """The state of a running ``torch.optim.Adamax``, to be continued here.
@@ -82,25 +89,30 @@ def from_torch(
     Args:
       state_dict: What the optimizer's ``state_dict()`` returned; this function needs
         no PyTorch.
-      names: The names of the parameters in the order in which the optimizer got them:
-        ``[name for name, _ in model.named_parameters()]``.
+      names: The names of the parameters in the order in which the optimizer has them:
+        ``[name for name, _ in model.named_parameters()]`` if it was made with
+        ``model.parameters()``, else group by group. An optimizer that was made with
+        ``model.named_parameters()`` knows them, and they are compared.
       convert: The function that brings the model's weights here: from a dictionary of
-        names and arrays, such as the model's ``state_dict()``, to the tree of
-        parameters. It is called with ``exp_avg`` and with ``exp_inf`` in the place of
-        the weights, in the types they have in ``state_dict``. It may move numbers
-        (transpose, reshape, split, stack) but not compute with them: u is not linear.
+        names and arrays to the tree of parameters. It is called with ``exp_avg`` and
+        with ``exp_inf`` in the place of the weights, in the types they have in
+        ``state_dict``, and for the names given alone: without buffers and second names
+        of tied weights. It may move numbers (transpose, reshape, split, stack) but not
+        compute with them: u is not linear. It decides on dtypes, as for weights; of
+        bfloat16 tensors ``jnp.from_dlpack`` makes arrays.
 
     Returns:
       The state, with m and u in the dtypes that ``convert`` returned. Put it into an
-      optimizer's with :func:`insert_state`; :func:`convert_state` stores it in other
-      dtypes.
+      optimizer's with :func:`insert_state`.
 
     Raises:
-      ValueError: If there are not as many names as parameters, a parameter has no state
-        or one of another optimizer, or the parameters have taken different numbers of
-        steps.
-      TypeError: If a number is complex, of which PyTorch treats the two parts apart, or
-        would be cast, as float64 without ``jax_enable_x64``.
+      ValueError: If names are repeated, not as many as the parameters or other than the
+        optimizer's, a parameter has no state or one of another optimizer, the
+        parameters have taken different numbers of steps, or ``convert`` asks for a name
+        that is not there or returns a negative number for ``exp_inf``.
+      TypeError: If ``state_dict`` is none, or ``convert`` returns complex numbers, of
+        which PyTorch treats the two parts apart, or float64 without
+        ``jax_enable_x64``.
 
     Examples:
       >>> import numpy as np, jax.numpy as jnp
@@ -119,14 +131,15 @@ def from_torch(
       >>> state[0].count, state[0].m["kernel"].shape
       (Array(7, dtype=int32), (2, 3))
     """
-    indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-    if len(names) != len(indices):
-        raise ValueError(
-            f"names has {len(names)} names, but the optimizer has {len(indices)} "
-            "parameters."
+    if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
+        raise TypeError(
+            "state_dict must be what the optimizer's state_dict() returned, got "
+            f"{type(state_dict).__name__}."
         )
+    names = _checked_names(names, state_dict["param_groups"])
+    indices = [i for group in state_dict["param_groups"] for i in group["params"]]
     states = {
-        name: _torch_state(state_dict, name, index)
+        name: _torch_state(state_dict["state"], name, index)
         for name, index in zip(names, indices, strict=True)
     }
     steps = {name: int(state["step"]) for name, state in states.items()}
@@ -135,12 +148,13 @@ def from_torch(
             f"The parameters have taken different numbers of steps, {steps}, but one "
             "count is kept for all."
         )
-    m, u = (
-        jax.tree_util.tree_map_with_path(
-            _uncast, convert({name: state[key] for name, state in states.items()})
-        )
-        for key in ("exp_avg", "exp_inf")
-    )
+    m, u = (_converted(convert, states, key) for key in ("exp_avg", "exp_inf"))
+    for path, leaf in jax.tree.leaves_with_path(u):
+        if jnp.any(leaf < 0):
+            raise ValueError(
+                f"convert made exp_inf negative at {name_of(path)}: it may move "
+                "numbers but not compute with them."
+            )
     return ScaleByAdamaxState(
         count=jnp.asarray(max(steps.values(), default=0), jnp.int32),
         m=m,
@@ -149,25 +163,30 @@ def from_torch(
     )
 
 
-def insert_state(
-    state: optax.OptState, adamax_state: ScaleByAdamaxState
-) -> optax.OptState:
+def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.OptState:
     """An optimizer's new state, to go on from where another AdaMax was.
 
-    The :class:`ScaleByAdamaxState` in it is replaced, and every field that is named
-    ``count``, such as that of a learning rate schedule, becomes the given count.
+    Of the :class:`ScaleByAdamaxState` in it, count, m and u become those given, stored
+    in the dtypes, the sharding and the containers (Flax NNX) of the new state.
+    Schedules of the learning rate, of the weight decay and of
+    ``optax.inject_hyperparams`` go on from the count, too. All else stays new.
+
     (``optax.tree.set`` would leave m and u as they are inside
     ``optax.inject_hyperparams``, without a word.)
 
     Args:
-      state: An optimizer's state, with one :class:`ScaleByAdamaxState` in it.
-      adamax_state: What takes its place.
+      state: What the optimizer's ``init`` returned, with one
+        :class:`ScaleByAdamaxState` in it.
+      adamax_state: What to go on from: a :class:`ScaleByAdamaxState`, or an optimizer's
+        state with one in it. It may have parts that the optimizer leaves out
+        (``optax.masked``, ``optax.partition``).
 
     Returns:
-      The state, in the same containers.
+      The state; it shares no memory with ``adamax_state``.
 
     Raises:
-      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in the state.
+      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in one of the
+        two, or they differ in the paths or shapes of m or u.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -179,17 +198,16 @@ def insert_state(
       >>> state[0].count, state[1].count
       (Array(7, dtype=int32), Array(7, dtype=int32))
     """
-    the_state(state)
-
-    def replace(path, leaf):
-        if isinstance(leaf, ScaleByAdamaxState):
-            return adamax_state
-        is_count = path and getattr(path[-1], "name", None) == "count"
-        return adamax_state.count if is_count else leaf
-
-    return jax.tree_util.tree_map_with_path(
-        replace, state, is_leaf=lambda x: isinstance(x, ScaleByAdamaxState)
+    target, given = the_state(state), the_state(adamax_state)
+    given = ScaleByAdamaxState(
+        count=jax.tree.map(lambda _: array_in(given.count), target.count),
+        m=_leaves_for(target.m, given.m),
+        u=_leaves_for(target.u, given.u),
+        u_scale=jax.tree.map(lambda _: array_in(given.u_scale), target.u_scale),
     )
+    given = jax.tree.map(_place, store_like(given, target), target)
+    state = map_states(lambda _: given, state)
+    return _set_counts(state, array_in(given.count))
 
 
 def _from_scale_by_adam(state):
@@ -197,9 +215,73 @@ def _from_scale_by_adam(state):
         count=state.count,
         m=state.mu,
         u=jax.tree.map(jnp.real, state.nu),
-        # In the container of the other scalar, which Flax NNX wraps.
-        u_scale=jax.tree.map(lambda _: jnp.ones([], jnp.float32), state.count),
+        # Like the other scalar, which Flax NNX wraps and vmap gives an axis.
+        u_scale=jax.tree.map(lambda c: jnp.ones_like(c, jnp.float32), state.count),
     )
+
+
+def _leaves_for(target, given):
+    """The given leaves in the target's containers, found by their paths."""
+    leaves = dict(jax.tree.leaves_with_path(given))
+
+    def find(path, old):
+        # A container around a single array adds an entry: Flax NNX's variables.
+        found = path if path in leaves else path[:-1]
+        if found not in leaves:
+            raise ValueError(f"The state to insert has no leaf at {name_of(path)}.")
+        new = leaves.pop(found)
+        if new.shape != old.shape:
+            raise ValueError(
+                f"The state to insert has shape {new.shape} at {name_of(found)}, where "
+                f"the optimizer's has {old.shape}."
+            )
+        return new
+
+    result = jax.tree_util.tree_map_with_path(find, target)
+    masked = [
+        path
+        for path, leaf in jax.tree.leaves_with_path(target, is_leaf=_is_masked)
+        if _is_masked(leaf)
+    ]
+    for path in leaves:
+        if not any(path[: len(prefix)] == prefix for prefix in masked):
+            raise ValueError(
+                f"The optimizer's state has no leaf at {name_of(path)}, where the "
+                "state to insert has one."
+            )
+    return result
+
+
+def _is_masked(leaf):
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _place(new, old):
+    """A copy that lies where the old array lies."""
+    return jax.device_put(jnp.array(new), old.sharding)
+
+
+def _set_counts(tree, count):
+    """Sets the count of every schedule in a state."""
+    # The last is not public. It is not made on import, which would start the devices.
+    types = (
+        optax.ScaleByScheduleState,
+        optax.InjectHyperparamsState,
+        optax.InjectStatefulHyperparamsState,
+        type(optax.schedules.WrappedSchedule(lambda count: count).init()),
+    )
+
+    def set_count(node):
+        if not isinstance(node, types):
+            return node
+        fields = {
+            name: _set_counts(value, count) for name, value in node._asdict().items()
+        }
+        # Each its own copy: an array may be donated only once.
+        fields["count"] = jax.tree.map(lambda old: _place(count, old), node.count)
+        return node._replace(**fields)
+
+    return jax.tree.map(set_count, tree, is_leaf=lambda x: isinstance(x, types))
 
 
 def _to_scale_by_adam(state):
@@ -207,13 +289,34 @@ def _to_scale_by_adam(state):
     return optax.ScaleByAdamState(count=state.count, mu=m, nu=u)
 
 
-def _torch_state(state_dict, name, index):
-    state = state_dict["state"].get(index)
+def _checked_names(names, groups):
+    """The names as a list, as many as the parameters of all groups together."""
+    names = list(names)
+    size = sum(len(group["params"]) for group in groups)
+    if len(names) != size:
+        raise ValueError(
+            f"names has {len(names)} names, but the optimizer has {size} parameters."
+        )
+    repeated = [name for name, n in Counter(names).items() if n > 1]
+    if repeated:
+        raise ValueError(f"names has {repeated[0]!r} more than once.")
+    known = [name for group in groups for name in group.get("param_names", [])]
+    for i, (name, expected) in enumerate(zip(names, known, strict=False)):
+        if name != expected:
+            raise ValueError(
+                f"names has {name!r} at {i}, where the optimizer has {expected!r}."
+            )
+    return names
+
+
+def _torch_state(states, name, index):
+    state = states.get(index)
     if state is None:
         raise ValueError(
-            f"The parameter {name!r} has no state: it never had a gradient. Put zeros "
-            f"of its shape into state_dict['state'][{index}] as 'exp_avg' and "
-            "'exp_inf', and the others' 'step'."
+            f"The parameter {name!r} has no state, as one that never had a gradient: "
+            f"there is none at state_dict['state'][{index!r}], only at {list(states)}. "
+            "To begin with zeros, put 'exp_avg' and 'exp_inf' of its shape there, and "
+            "the others' 'step'."
         )
     missing = {"step", "exp_avg", "exp_inf"} - set(state)
     if missing:
@@ -222,6 +325,17 @@ def _torch_state(state_dict, name, index):
             f"{', '.join(sorted(state))}: is it of torch.optim.Adamax?"
         )
     return state
+
+
+def _converted(convert, states, key):
+    try:
+        tree = convert({name: state[key] for name, state in states.items()})
+    except KeyError as error:
+        raise ValueError(
+            f"convert asked for {error}, which is not among names: an optimizer keeps "
+            "nothing for buffers, and tied weights under one name."
+        ) from error
+    return jax.tree_util.tree_map_with_path(_uncast, tree)
 
 
 def _uncast(path, x):

@@ -2,10 +2,10 @@
 
 import math
 import warnings
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -28,14 +28,19 @@ def zero_shardings(
     the same; the compiler adds the one exchange that brings the updates together.
 
     They work for the state of any Optax optimizer. An array that belongs to a parameter
-    (its path ends with the parameter's, its shape is the same) keeps the parameter's
-    own sharding over ``mesh`` and gets ``axis`` in addition, unless it has it already
+    (the shape is the same, and the paths in the two trees end alike) is divided over
+    ``mesh`` as the parameter is and over ``axis`` in addition, unless it is already
     (FSDP). The axis goes to the first dimension that it divides, preferably one that is
-    not divided yet. Scalars are replicated.
+    not divided yet. An array of another shape than its parameter, as in Adafactor, is
+    divided over ``axis`` alone, and a single number is replicated.
 
     Give them to ``jax.jit`` twice: for ``init``, so that the state is never whole on
     one device, and for the training step, without which the compiler may choose to
-    divide the new parameters as well.
+    divide the new parameters as well. Call this function outside of ``jax.jit``, where
+    arrays know how they are divided. A state that exists takes them too: that of
+    ``flax.nnx.Optimizer`` has the same leaves in other containers, so that
+    ``jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(shardings))`` are
+    its shardings.
 
     Args:
       optimizer: The optimizer; only its ``init`` is called, on abstract arrays.
@@ -48,13 +53,13 @@ def zero_shardings(
       ``out_shardings`` of ``jax.jit``, ``jax.device_put`` or a checkpoint's restore.
 
     Raises:
-      ValueError: If the mesh has no such axis, or a parameter lies on another mesh of
-        several devices.
+      ValueError: If the mesh has no such axis, or a parameter is divided over another
+        mesh.
 
     Warns:
-      UserWarning: Once, if arrays have no dimension that the axis divides: they stay
-        as the parameter is, replicated over the axis. The message names them and says
-        how many bytes they are.
+      UserWarning: Once, if arrays of several numbers have no dimension that the axis
+        divides: they stay as the parameter is, replicated over the axis. The message
+        names them and says how many bytes they are.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -82,16 +87,15 @@ def zero_shardings(
     """
     if axis not in mesh.axis_names:
         raise ValueError(
-            f"axis must be one of the mesh's axes {mesh.axis_names}, got {axis!r}."
+            f"axis must be the name of one of the mesh's axes {mesh.axis_names}, got "
+            f"{axis!r}."
         )
-    own = {
-        path: _Parameter(jnp.shape(leaf), _own_spec(path, leaf, mesh))
-        for path, leaf in jax.tree.leaves_with_path(params)
-    }
+    own = _specs_by_end(params, mesh)
     undivided = []
 
     def shard(path, leaf):
-        spec = _parameter_spec(path, leaf.shape, own)
+        ends = ((path[start:], leaf.shape) for start in range(len(path) + 1))
+        spec = next((own[end] for end in ends if end in own), PartitionSpec())
         spread = _spread(leaf.shape, spec, mesh, axis)
         if spread is None:
             if leaf.size > 1:
@@ -106,31 +110,39 @@ def zero_shardings(
     return shardings
 
 
-class _Parameter(NamedTuple):
-    shape: tuple[int, ...]
-    spec: PartitionSpec
+def _specs_by_end(params, mesh):
+    """How parameters are divided, by each end of their path and their shape.
+
+    The longest end that a path in the state shares with one in here tells whose it is:
+    usually all of it, but optax.lookahead keeps the parameters twice, and state once.
+    """
+    specs = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        spec = _own_spec(path, leaf, mesh)
+        for start in range(max(1, len(path))):
+            specs.setdefault((path[start:], jnp.shape(leaf)), spec)
+    return specs
 
 
 def _own_spec(path, leaf, mesh):
     """How a parameter is divided over the mesh."""
     sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
+    if isinstance(sharding, NamedSharding) and _is_same(sharding.mesh, mesh):
         return sharding.spec
     if sharding is None or sharding.is_fully_replicated:
         return PartitionSpec()
     raise ValueError(
         f"The parameter at {name_of(path)} is divided by {sharding}, which is not over "
-        f"the given mesh of shape {dict(mesh.shape)}."
+        f"the given {mesh}."
     )
 
 
-def _parameter_spec(path, shape, own):
-    """The spec of the parameter that an array of the state belongs to, if any."""
-    for start in range(len(path) + 1):
-        parameter = own.get(path[start:])
-        if parameter is not None and parameter.shape == shape:
-            return parameter.spec
-    return PartitionSpec()
+def _is_same(own, mesh):
+    if isinstance(own, Mesh):
+        same = own.axis_names == mesh.axis_names and own.shape == mesh.shape
+        return same and np.array_equal(own.device_ids, mesh.device_ids)
+    # An abstract mesh has no devices.
+    return own.shape == mesh.shape
 
 
 def _spread(shape, spec, mesh, axis):
@@ -150,7 +162,7 @@ def _spread(shape, spec, mesh, axis):
 
 def _axes(entry):
     """The axes that a dimension is divided over, given its entry in a spec."""
-    if entry is None:
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
 

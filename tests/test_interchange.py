@@ -1,5 +1,7 @@
 """States of Optax's and PyTorch's AdaMax, continued here and brought back."""
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import peers
 import pytest
+from flax import nnx
 from sequences import STORAGES, gradients
 
 from adamax_jax import (
@@ -14,6 +17,7 @@ from adamax_jax import (
     adamax,
     adamaxw,
     convert_state,
+    diagnose,
     from_optax,
     from_torch,
     insert_state,
@@ -137,22 +141,116 @@ def test_an_inserted_state_goes_on_to_the_bit(wrap):
     optimizer = wrap(adamax)
     params, state = descend(optimizer, PARAMS, optimizer.init(PARAMS), GRADIENTS[:20])
     expected = descend(optimizer, params, state, GRADIENTS[20:])
-    new = insert_state(
-        optimizer.init(PARAMS),
-        ScaleByAdamaxState(
-            *(optax.tree.get(state, field, filtering=of_adamax) for field in FIELDS)
-        ),
-    )
-    assert jax.tree.structure(new) == jax.tree.structure(state)
+    new = insert_state(optimizer.init(PARAMS), state)
     actual = descend(optimizer, params, new, GRADIENTS[20:])
     chex.assert_trees_all_equal(actual[0], expected[0])
+    chex.assert_trees_all_equal(moments(actual[1]), moments(expected[1]))
 
 
-FIELDS = ScaleByAdamaxState._fields
+def trained():
+    """The state after twenty steps in float32."""
+    return descend(adamax(), PARAMS, adamax().init(PARAMS), GRADIENTS[:20])[1][0]
 
 
-def of_adamax(path, _):
-    return getattr(path[-1], "tuple_name", None) == "ScaleByAdamaxState"
+def test_what_does_not_count_updates_stays_new():
+    """Adam's own count, an average's and a plateau's, and a parameter of that name."""
+
+    class Named(NamedTuple):
+        a: jax.Array
+        count: jax.Array
+
+    params = Named(PARAMS["a"], PARAMS["b"])
+    old = jax.tree.map(lambda x: x, trained())
+    old = old._replace(m=Named(*old.m.values()), u=Named(*old.u.values()))
+    optimizer = optax.chain(
+        optax.trace(0.9),
+        adamax(SCHEDULE),
+        optax.ema(0.99),
+        optax.scale_by_adam(),
+        optax.contrib.reduce_on_plateau(patience=2, accumulation_size=5),
+    )
+    before = optimizer.init(params)
+    after = insert_state(before, old)
+    chex.assert_trees_all_equal(after[1][0], old)
+    assert int(after[1][1].count) == 20
+    for i in (0, 2, 3, 4):
+        chex.assert_trees_all_equal(after[i], before[i])
+
+
+@EVERY_STORAGE
+def test_an_inserted_state_is_stored_as_the_optimizer_stores(storage):
+    optimizer = adamax(**storage)
+    new = insert_state(optimizer.init(PARAMS), trained())
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(
+        jax.typeof, optimizer.init(PARAMS)
+    )
+    if storage:
+        expected = convert_state(trained(), **storage)
+        chex.assert_trees_all_equal(new[0], expected)
+
+
+@pytest.mark.parametrize("wrap", [adamax, optax.inject_hyperparams(adamax)])
+def test_an_inserted_state_can_be_donated(wrap):
+    """No buffer is in two places of it, nor in the state that it came from."""
+    optimizer, old = wrap(SCHEDULE), trained()
+    state = insert_state(optimizer.init(PARAMS), old)
+    step = jax.jit(optimizer.update, donate_argnums=1)
+    _, state = step(GRADIENTS[0], state)
+    _, state = step(GRADIENTS[0], state)
+    assert int(optax.tree.get(state, "m")["a"].size) == 32
+    assert int(old.count) == 20 and np.all(np.isfinite(old.u["a"]))
+
+
+def test_an_inserted_state_may_have_parts_that_are_masked():
+    mask = {"a": True, "b": False}
+    optimizer = optax.masked(adamax(), mask)
+    state = insert_state(optimizer.init(PARAMS), trained()).inner_state[0]
+    chex.assert_trees_all_equal(state.u["a"], trained().u["a"])
+    assert isinstance(state.u["b"], optax.MaskedNode)
+
+
+def test_a_state_is_inserted_into_an_nnx_optimizer():
+    """Its containers stay, its schedule goes on, and so does training."""
+    model = nnx.Linear(4, 8, use_bias=False, rngs=nnx.Rngs(0))
+    weights = {"kernel": model.kernel[...]}
+    gradients = [{"kernel": g["a"]} for g in GRADIENTS]
+    tx = adamax(SCHEDULE)
+    expected, middle = descend(tx, weights, tx.init(weights), gradients[:20])
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    nnx.update(model, expected)
+    before = jax.tree.structure(optimizer.opt_state)
+    optimizer.opt_state = insert_state(optimizer.opt_state, middle[0])
+    assert jax.tree.structure(optimizer.opt_state) == before
+    for g in gradients[20:]:
+        optimizer.update(model, nnx.State({"kernel": nnx.Param(g["kernel"])}))
+    expected, end = descend(tx, expected, middle, gradients[20:])
+    state = nnx.as_pure(optimizer.opt_state)
+    chex.assert_trees_all_close(dict(state[0].m), end[0].m, rtol=1e-6)
+    chex.assert_trees_all_equal(dict(state[0].u), end[0].u)
+    assert int(state[1].count) == int(end[1].count) == 30
+    np.testing.assert_allclose(model.kernel[...], expected["kernel"], atol=1e-6)
+
+
+def test_states_that_do_not_fit_are_not_inserted():
+    target = adamax().init(PARAMS)
+    old = trained()
+    with pytest.raises(ValueError, match=r"shape \(3,\) at \['b'\], .* has \(32,\)"):
+        insert_state(target, old._replace(m=old.m | {"b": jnp.ones(3)}))
+    with pytest.raises(ValueError, match=r"insert has no leaf at \['b'\]"):
+        insert_state(target, old._replace(u={"a": old.u["a"]}))
+    with pytest.raises(ValueError, match=r"state has no leaf at \['c'\], where"):
+        insert_state(target, old._replace(m=old.m | {"c": jnp.ones(3)}))
+
+
+def test_ensembles_are_converted_member_by_member():
+    together = jax.tree.map(lambda g: jnp.stack([g, 2 * g]), PARAMS)
+    states = jax.vmap(optax.adamax(0.1).init)(together)
+    states = from_optax(states)
+    assert states[0].u_scale.shape == states[0].count.shape == (2,)
+    for function in (moments, to_optax, diagnose):
+        with pytest.raises(ValueError, match=r"shape \(2,\).*jax\.vmap"):
+            function(states)
+    chex.assert_trees_all_equal(jax.vmap(moments)(states), (states[0].m, states[0].u))
 
 
 def test_complex_states_of_optax_get_a_real_u():
@@ -297,7 +395,7 @@ def test_from_torch_copies_the_memory():
             torch_state() | {"state": {}},
             NAMES,
             ValueError,
-            r"'weight' has no state: .*state_dict\['state'\]\[0\]",
+            r"'weight' has no state,.*none at state_dict\['state'\]\[0\], only at \[\]",
         ),
         (
             torch_state(weight=np.ones(6, np.complex64)),
@@ -311,6 +409,27 @@ def test_from_torch_copies_the_memory():
 def test_from_torch_errors(state, names, error, message):
     with pytest.raises(error, match=message):
         from_torch(state, names, convert)
+
+
+def test_from_torch_names_are_checked():
+    generated = from_torch(torch_state(), (name for name in NAMES), convert)
+    chex.assert_trees_all_equal(generated, from_torch(torch_state(), NAMES, convert))
+    with pytest.raises(ValueError, match="'weight' more than once"):
+        from_torch(torch_state(), ["weight", "weight"], convert)
+    known = torch_state()
+    for group, name in zip(known["param_groups"], reversed(NAMES), strict=True):
+        group["param_names"] = [name]
+    with pytest.raises(ValueError, match=r"'weight' at 0, where .* has 'bias'"):
+        from_torch(known, NAMES, convert)
+    with pytest.raises(TypeError, match=r"state_dict\(\) returned, got list"):
+        from_torch([], NAMES, convert)
+
+
+def test_from_torch_says_what_a_converter_did_wrong():
+    with pytest.raises(ValueError, match="asked for 'mean', which is not among names"):
+        from_torch(torch_state(), NAMES, lambda weights: weights["mean"])
+    with pytest.raises(ValueError, match=r"exp_inf negative at \['weight'\]"):
+        from_torch(torch_state(), NAMES, lambda w: {"weight": -jnp.array(w["weight"])})
 
 
 def test_from_torch_does_not_cast_in_silence():

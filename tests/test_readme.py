@@ -51,12 +51,11 @@ def test_storage_example():
 
 
 def test_devices_example():
-    # Optax's cosine schedule mixes integers and floats.
-    with jax.numpy_dtype_promotion("standard"):
-        names = run(EXAMPLES[3], **run(EXAMPLES[1]))
-    # The state is new, so the second step is as long as the first.
-    assert names["params"]["bias"] == pytest.approx(-2e-2)
-    assert names["state"][1][0].m["bias"].sharding.mesh == names["mesh"]
+    names = run(EXAMPLES[3])
+    # Ten steps downhill, each of at most the learning rate.
+    kernel = names["params"]["kernel"]
+    assert jnp.all((kernel > 0.89) & (kernel < 0.98))
+    assert names["state"][0].m["kernel"].sharding.mesh == names["mesh"]
 
 
 def test_diagnosis_example(capsys):

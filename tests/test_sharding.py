@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from sequences import STORAGES
 
-from adamax_jax import adamax, adamaxw, zero_shardings
+from adamax_jax import adamax, adamaxw, moments, zero_shardings
 
 P = PartitionSpec
 STEPS, BATCH = 6, 64
@@ -235,7 +235,35 @@ def check_leaves_of_one_coordinate_a_device():
         assert_same_bits(*states, "one coordinate a device")
 
 
+def check_bfloat16_models():
+    """Of u no bit depends on the layout, in bfloat16 too; m is a sum of two products.
+
+    Where the compiler fuses the other one of them, a tie is rounded to the other side,
+    at one of the steps that m remembers: seen with JAX 0.10.2, not with 0.12.
+    """
+    mesh = mesh_of(AxisType.Auto)
+    g = np.random.default_rng(0).normal(size=[40, 4096]).astype(jnp.bfloat16)
+    params = jnp.ones(4096, jnp.bfloat16)
+    for name, storage in STORAGES.items():
+        optimizer = adamax(0.01, **storage)
+        shardings = zero_shardings(optimizer, params, mesh, "data")
+        states = []
+        for sharding in (None, shardings):
+            state = jax.jit(optimizer.init, out_shardings=sharding)(params)
+            step = jax.jit(optimizer.update, out_shardings=(None, sharding))
+            for g_t in g:
+                _, state = step(jnp.asarray(g_t), state)
+            states.append(state[0])
+        one, eight = (jax.tree.map(np.asarray, state) for state in states)
+        rest = [state._replace(m=state.count) for state in (eight, one)]
+        assert_same_bits(*rest, name)
+        m, u, other = (np.asarray(x) for x in (*moments(one), moments(eight)[0]))
+        # Half an ulp of bfloat16, kept by 0.9 and joined by another at each step.
+        np.testing.assert_array_less(np.abs(m - other), 2**-9 / 0.1 * u)
+
+
 CHECKS = eight_devices.named(
+    check_bfloat16_models,
     check_explicit_types,
     check_updates_need_no_exchange,
     check_no_bit_depends_on_the_layout,

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sequences import STORAGES
 
-from adamax_jax import adamax, adamaxw, diagnose, zero_shardings
+from adamax_jax import adamax, adamaxw, diagnose, insert_state, zero_shardings
 
 P = PartitionSpec
 AUTO = AxisType.Auto
@@ -87,6 +88,51 @@ def check_the_parameters_own_sharding_is_kept():
     assert specs(shardings)[0].u["a"] == P("model", "data")
 
 
+def check_specs_that_are_found_in_other_ways():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AUTO, AUTO))
+    params = {"w": abstract(8, 16, sharding=NamedSharding(mesh, P(None, "model")))}
+    # The parameters twice, and the state once.
+    twice = optax.LookaheadParams(params, params)
+    lookahead = optax.lookahead(adamax(), sync_period=2, slow_step_size=0.5)
+    shardings = zero_shardings(lookahead, twice, mesh, "data")
+    assert specs(shardings).fast_state[0].m["w"] == P("data", "model")
+    # An abstract mesh, as of jax.eval_shape under an explicit one.
+    sharding = NamedSharding(mesh.abstract_mesh, P(None, "model"))
+    shardings = zero_shardings(
+        adamax(), abstract(8, 16, sharding=sharding), mesh, "data"
+    )
+    assert specs(shardings)[0].m == P("data", "model")
+    sharding = NamedSharding(mesh, P(P.UNCONSTRAINED, "model"))
+    shardings = zero_shardings(
+        adamax(), abstract(8, 16, sharding=sharding), mesh, "data"
+    )
+    assert specs(shardings)[0].m == P("data", "model")
+
+
+def check_a_state_that_exists():
+    """An nnx.Optimizer's: the leaves of the shardings in its containers."""
+    mesh = data_mesh()
+    model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+    tx = adamax(0.1, m_dtype="int8", u_dtype="uint8")
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    shardings = zero_shardings(tx, nnx.state(model, nnx.Param), mesh, "data")
+    optimizer.opt_state = jax.device_put(
+        optimizer.opt_state,
+        jax.tree.unflatten(
+            jax.tree.structure(optimizer.opt_state), jax.tree.leaves(shardings)
+        ),
+    )
+    (kernel,) = jax.tree.leaves(optimizer.opt_state[0].u["kernel"])
+    assert kernel.addressable_shards[0].data.shape == (1, 16)
+    # Another run's state, inserted, lies where this one lay.
+    pure = nnx.as_pure(nnx.state(model, nnx.Param))
+    _, other = tx.update(pure, tx.init(pure))
+    optimizer.opt_state = insert_state(optimizer.opt_state, other)
+    (inserted,) = jax.tree.leaves(optimizer.opt_state[0].u["kernel"])
+    assert inserted.sharding == kernel.sharding
+    assert np.array_equal(inserted, other[0].u["kernel"])
+
+
 OPTIMIZERS = {
     "adamaxw": adamaxw(optax.linear_schedule(0.1, 0.0, 10)),
     "two bytes": adamax(m_dtype="int8", u_dtype="uint8"),
@@ -157,12 +203,31 @@ def check_what_cannot_be_divided_is_reported():
 
 def check_errors():
     mesh = data_mesh()
-    with pytest.raises(ValueError, match=r"axis must be .*\('data',\), got 'batch'"):
+    with pytest.raises(
+        ValueError, match=r"axis must be the name .*\('data',\), got 'batch'"
+    ):
         zero_shardings(adamax(), abstract(8), mesh, "batch")
     other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AUTO, AUTO))
     params = {"w": abstract(8, sharding=NamedSharding(other, P("b")))}
-    with pytest.raises(ValueError, match=r"\['w'\] is divided .* \{'data': 8\}"):
+    with pytest.raises(
+        ValueError, match=r"\['w'\] is divided .* not over the given Mesh"
+    ):
         zero_shardings(adamax(), params, mesh, "data")
+    for devices in (jax.devices()[4:], jax.devices()[3::-1]):
+        params = abstract(
+            8,
+            sharding=NamedSharding(
+                jax.make_mesh((4,), ("data",), axis_types=(AUTO,), devices=devices),
+                P("data"),
+            ),
+        )
+        given = jax.make_mesh(
+            (4,), ("data",), axis_types=(AUTO,), devices=jax.devices()[:4]
+        )
+        with pytest.raises(ValueError, match="not over the given Mesh"):
+            zero_shardings(adamax(), params, given, "data")
+    with pytest.raises(ValueError, match="axis must be the name of one"):
+        zero_shardings(adamax(), abstract(8), mesh, ("data",))
     with pytest.raises(TypeError, match="floating-point or complex"):
         zero_shardings(adamax(), abstract(8, dtype=jnp.int32), mesh, "data")
 
@@ -296,6 +361,8 @@ def check_the_update_alone_exchanges_nothing():
 CHECKS = eight_devices.named(
     check_which_dimension_is_divided,
     check_the_parameters_own_sharding_is_kept,
+    check_specs_that_are_found_in_other_ways,
+    check_a_state_that_exists,
     check_any_optax_state,
     check_what_cannot_be_divided_is_reported,
     check_errors,
