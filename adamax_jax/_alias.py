@@ -1,5 +1,6 @@
 """Ready-made optimizers: AdaMax with a learning rate, and with weight decay."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -242,6 +243,12 @@ def _scale(name, factor, sign):
     factor = check_finite(name, factor)
     return optax.stateless(
         lambda updates, params: jax.tree.map(
-            lambda g: jnp.asarray(factor, g.dtype) * (sign * g), updates
+            lambda g: _multiply(g, factor, sign=sign), updates
         )
     )
+
+
+# Jitted for the same reason as the update of a leaf.
+@functools.partial(jax.jit, static_argnames="sign")
+def _multiply(g, factor, *, sign):
+    return sign * jnp.asarray(factor, g.dtype) * g

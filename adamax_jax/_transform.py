@@ -161,6 +161,7 @@ def scale_by_adamax(
     m_dtype = check_dtype("m_dtype", m_dtype, integer="int8")
     u_dtype = check_dtype("u_dtype", u_dtype, integer="uint8")
     check_ratio(b1, b2, m_dtype)
+    rule = _Rule(nesterov, eps_inside)
 
     def init_fn(params):
         check_params(params, m_dtype)
@@ -189,17 +190,18 @@ def scale_by_adamax(
             correction=1 / _one_minus_power(b1, t),
             next_correction=1 / _one_minus_power(b1, t + 1),
             b2=b2,
-            eps_in_maximum=eps if eps_inside else 0.0,
-            eps_in_denominator=0.0 if eps_inside else eps,
+            eps=eps,
             u_scale=state.u_scale,
             next_u_scale=u_scale,
             dither=_storage.dither(count),
         )
+        # Arrays: numbers would be brought to the device for every leaf anew.
+        coefficients = _Coefficients(*(jnp.asarray(x, float) for x in coefficients))
 
         def update_leaf(g, m, u):
             if g is None:
-                return _Leaf(None, *_without_gradient(m, u, coefficients))
-            return _Leaf(*_update_leaf(g, m, u, coefficients, nesterov=nesterov))
+                return _Leaf(None, *_without_gradient(m, u, coefficients, rule))
+            return _Leaf(*_update_leaf(g, m, u, coefficients, rule))
 
         leaves = jax.tree.map(
             update_leaf, updates, state.m, state.u, is_leaf=lambda g: g is None
@@ -225,6 +227,13 @@ class _Leaf(NamedTuple):
     u: jax.Array
 
 
+class _Rule(NamedTuple):
+    """What is known of the equations before they are compiled."""
+
+    nesterov: bool
+    eps_inside: bool
+
+
 class _Coefficients(NamedTuple):
     """The scalars of one step, the same for every leaf."""
 
@@ -236,8 +245,7 @@ class _Coefficients(NamedTuple):
     correction: ArrayLike
     next_correction: ArrayLike
     b2: ArrayLike
-    eps_in_maximum: ArrayLike
-    eps_in_denominator: ArrayLike
+    eps: ArrayLike
     u_scale: ArrayLike
     next_u_scale: ArrayLike
     dither: ArrayLike
@@ -245,8 +253,8 @@ class _Coefficients(NamedTuple):
 
 # Jitted here, once for all optimizers: leaves of one shape share one trace, and the
 # update outside of jax.jit takes one dispatch a leaf.
-@functools.partial(jax.jit, static_argnames="nesterov")
-def _update_leaf(g, stored_m, stored_u, coefficients, *, nesterov):
+@functools.partial(jax.jit, static_argnames="rule")
+def _update_leaf(g, stored_m, stored_u, coefficients, rule):
     """One leaf's step in the gradient's dtype, and its new state."""
     g_dtype = jnp.result_type(g)
     real = _arithmetic_dtype(stored_m.dtype, stored_u.dtype)
@@ -260,11 +268,11 @@ def _update_leaf(g, stored_m, stored_u, coefficients, *, nesterov):
     if is_complex:
         # The two parts share u and are otherwise independent. In real arithmetic
         # nothing is squared; a complex division by u would overflow above 1e19.
-        step_re, m_re, new_u = _adamax(g.real, norm, m.real, u, c, nesterov)
-        step_im, m_im, _ = _adamax(g.imag, norm, m.imag, u, c, nesterov)
+        step_re, m_re, new_u = _adamax(g.real, norm, m.real, u, c, rule)
+        step_im, m_im, _ = _adamax(g.imag, norm, m.imag, u, c, rule)
         step, m, u = lax.complex(step_re, step_im), lax.complex(m_re, m_im), new_u
     else:
-        step, m, u = _adamax(g, norm, m, u, c, nesterov)
+        step, m, u = _adamax(g, norm, m, u, c, rule)
     stored_u = _storage.encode_u(u, c.next_u_scale, stored_u.dtype)
     next_u = _storage.decode_u(stored_u, c.next_u_scale).astype(real)
     m = jnp.asarray(m)
@@ -275,16 +283,16 @@ def _update_leaf(g, stored_m, stored_u, coefficients, *, nesterov):
     return step.astype(g_dtype), stored_m, stored_u
 
 
-def _adamax(g, norm, m, u, c, nesterov):
+def _adamax(g, norm, m, u, c, rule):
     """The paper's equations on real arrays."""
     # In the order of Optax's sum, which the compiler fuses to the same bits.
     m = c.one_minus_b1 * g + c.b1 * m
-    u = jnp.maximum(c.b2 * u, norm + c.eps_in_maximum)
-    if nesterov:
+    u = jnp.maximum(c.b2 * u, norm + c.eps if rule.eps_inside else norm)
+    if rule.nesterov:
         m_hat = c.b1 * c.next_correction * m + c.one_minus_b1 * c.correction * g
     else:
         m_hat = c.correction * m
-    denominator = u + c.eps_in_denominator
+    denominator = u if rule.eps_inside else u + c.eps
     # 0/0 is 0; the inner where keeps the derivative of the untaken branch finite.
     # Compared with ==, a NaN goes on to the update instead of being hidden.
     is_zero = denominator == 0
@@ -304,7 +312,7 @@ def _one_minus_power(b, t):
     return jnp.where(is_zero, 1 - b**t, -jnp.expm1(t * log_b))
 
 
-def _without_gradient(m, u, coefficients):
+def _without_gradient(m, u, coefficients, rule):
     """The state of leaves without a gradient.
 
     It is kept; but a u that shares ``u_scale`` decays with it, and so that no m is left
@@ -315,7 +323,7 @@ def _without_gradient(m, u, coefficients):
         if _storage.is_wide(u.dtype):
             return m, u
         zero = jnp.zeros_like(m, complex if jnp.iscomplexobj(m) else float)
-        return _update_leaf(zero, m, u, coefficients, nesterov=False)[1:]
+        return _update_leaf(zero, m, u, coefficients, rule)[1:]
 
     return (jax.tree.map(lambda m, u, i=i: next_state(m, u)[i], m, u) for i in range(2))
 
