@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from adamax_jax import __version__, _demo, _study
+from adamax_jax import __version__, _bench, _demo, _study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _demo.add_parser(commands)
+    _bench.add_parser(commands)
     _study.add_parser(commands)
     options = parser.parse_args(arguments)
     if "run" not in options:

@@ -18,9 +18,20 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def obstacle(command: str, paths: Iterable[Path | None]) -> str | None:
-    """Why a command that saves files at the paths cannot run, or None."""
-    missing = _missing_packages()
+# The packages of the extra "demo", by the modules in them.
+PACKAGES = {
+    "flax": "flax",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "tqdm": "tqdm",
+}
+
+
+def obstacle(
+    command: str, paths: Iterable[Path | None], modules: Iterable[str] = PACKAGES
+) -> str | None:
+    """Why a command that imports modules and saves files cannot run, or None."""
+    missing = _missing_packages(modules)
     if missing:
         return (
             f"The {command} needs {', '.join(missing)}. In the folder of adamax_jax:\n"
@@ -34,18 +45,13 @@ def obstacle(command: str, paths: Iterable[Path | None]) -> str | None:
     return None
 
 
-def _missing_packages() -> list[str]:
+def _missing_packages(modules: Iterable[str]) -> list[str]:
     missing = []
-    for module, package in {
-        "flax": "flax",
-        "matplotlib": "matplotlib",
-        "sklearn": "scikit-learn",
-        "tqdm": "tqdm",
-    }.items():
+    for module in modules:
         try:
             __import__(module)
         except ImportError:
-            missing.append(package)
+            missing.append(PACKAGES[module])
     return missing
 
 

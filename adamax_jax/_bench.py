@@ -1,0 +1,514 @@
+"""What an update costs, beside what one could use instead.
+
+The update and its addition to the parameters are timed for one array of growing size
+and for the arrays of real models, compiled and not, and so is compiling them. All
+contenders take turns in one process: a ratio is the median over rounds of the ratios
+within a round, so that what else the machine does falls on all alike. One contender
+only reads and writes an array: what it reaches is the limit for the others.
+"""
+
+import argparse
+import functools
+import importlib.util
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adamax_jax import _shapes
+from adamax_jax._alias import adamax
+from adamax_jax._cli import environment, obstacle, positive_int, write_json
+
+REFERENCE = "optax.adamax"
+LEARNING_RATE = 1e-3
+WARM_UP = 3
+SIZES = (100_000, 400_000, 1_600_000, 6_400_000, 16_000_000, 64_000_000)
+TREES = {
+    "transformer": _shapes.transformer(),
+    "ResNet-50": _shapes.resnet50(),
+    "1000 of 1000": _shapes.many(),
+}
+MANY = "1000 of 1000"
+# Distribution packages of the contenders that are measured where they are installed.
+OPTIONAL = {"torch": "torch", "flashoptim_jax": "flashoptim-jax"}
+
+OPTIMIZERS = {
+    REFERENCE: optax.adamax(LEARNING_RATE),
+    "optax.adam": optax.adam(LEARNING_RATE),
+    "adamax float32": adamax(LEARNING_RATE),
+    "adamax bfloat16/bfloat16": adamax(
+        LEARNING_RATE, m_dtype="bfloat16", u_dtype="bfloat16"
+    ),
+    "adamax int8/uint8": adamax(LEARNING_RATE, m_dtype="int8", u_dtype="uint8"),
+}
+FLATTENED = {
+    f"{name}, flattened": optax.flatten(OPTIMIZERS[name])
+    for name in (REFERENCE, "adamax float32", "adamax int8/uint8")
+}
+
+Tree = dict[str, jax.Array]
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def gradients_for(shapes: Mapping[str, tuple[int, ...]]) -> Tree:
+    """Normal numbers."""
+    rng = np.random.default_rng(0)
+    return {
+        name: jnp.asarray(rng.standard_normal(shape, np.float32))
+        for name, shape in shapes.items()
+    }
+
+
+class JaxRun:
+    """A JAX optimizer at work on one tree: compiled, its buffers given back to it."""
+
+    def __init__(self, init: Callable[[Any], Any], step: Step, gradients: Tree):
+        self._gradients = gradients
+        self._params = jax.tree.map(jnp.ones_like, gradients)
+        self._state = jax.jit(init)(self._params)
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        self._step = jitted.lower(self._params, self._state, gradients).compile()
+        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state))
+        analysis = self._step.memory_analysis()
+        self.temporary_bytes = analysis.temp_size_in_bytes if analysis else None
+        # Read the gradient; read and write the parameter and the state.
+        parameter_bytes = sum(x.nbytes for x in jax.tree.leaves(gradients))
+        self.moved_bytes = 3 * parameter_bytes + 2 * self.state_bytes
+
+    def __call__(self) -> None:
+        """Takes a step and waits for it."""
+        self._params, self._state = self._step(
+            self._params, self._state, self._gradients
+        )
+        jax.block_until_ready((self._params, self._state))
+
+
+class CopyRun:
+    """Reads and writes as many numbers as there are parameters, in place."""
+
+    state_bytes = 0
+    temporary_bytes = 0
+
+    def __init__(self, gradients: Tree):
+        size = sum(x.size for x in jax.tree.leaves(gradients))
+        self._array = jnp.ones(size)
+        self._negate = jax.jit(jnp.negative, donate_argnums=0)
+        self.moved_bytes = 2 * self._array.nbytes
+
+    def __call__(self) -> None:
+        """Negates the array and waits for it."""
+        self._array = self._negate(self._array).block_until_ready()
+
+
+class TorchRun:
+    """``torch.optim.Adamax``, its arrays handled together (foreach)."""
+
+    temporary_bytes = None
+
+    def __init__(self, gradients: Tree):
+        import torch  # pyright: ignore[reportMissingImports]
+
+        self._cuda = torch.cuda if jax.default_backend() == "gpu" else None
+        device = "cuda" if self._cuda else "cpu"
+        params = []
+        for g in gradients.values():
+            param = torch.nn.Parameter(torch.ones(g.shape, device=device))
+            param.grad = torch.tensor(np.asarray(g), device=device)
+            params.append(param)
+        self._optimizer = torch.optim.Adamax(params, LEARNING_RATE, foreach=True)
+        self()
+        self.state_bytes = sum(
+            x.nbytes for s in self._optimizer.state.values() for x in s.values()
+        )
+        self.moved_bytes = 3 * sum(p.nbytes for p in params) + 2 * self.state_bytes
+
+    def __call__(self) -> None:
+        """Takes a step and waits for it."""
+        self._optimizer.step()
+        if self._cuda:
+            self._cuda.synchronize()
+
+
+def optax_step(optimizer: optax.GradientTransformation) -> Step:
+    """The update and its addition to the parameters."""
+
+    def step(params, state, gradients):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def _flash_run(gradients):
+    from flashoptim_jax import (  # pyright: ignore[reportMissingImports]
+        flash_adam,
+    )
+
+    optimizer = flash_adam(
+        LEARNING_RATE, master_weight_bits=None, fused=jax.default_backend() == "gpu"
+    )
+    return JaxRun(optimizer.init, optimizer.step, gradients)
+
+
+def contenders(flattened: bool) -> dict[str, Callable[[Tree], Any]]:
+    """What makes the run of each contender, given the gradients."""
+    makers: dict[str, Callable[[Tree], Any]] = {"copy": CopyRun}
+    for name, optimizer in (OPTIMIZERS | (FLATTENED if flattened else {})).items():
+        makers[name] = functools.partial(JaxRun, optimizer.init, optax_step(optimizer))
+    if importlib.util.find_spec("torch"):
+        makers["torch Adamax"] = TorchRun
+    if importlib.util.find_spec("flashoptim_jax"):
+        makers["flashoptim-jax Adam, 8 bits"] = _flash_run
+    return makers
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], None]], rounds: int
+) -> dict[str, list[float]]:
+    """The seconds of each run in each round, all runs once a round.
+
+    A round begins with another of them than the one before.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in range(WARM_UP + rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            runs[name]()
+            elapsed = time.perf_counter() - start
+            if i >= WARM_UP:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+class Spread(NamedTuple):
+    """A median, and the tenth and the ninetieth percentile."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The median and the percentiles of some values."""
+    low, high = np.percentile(values, [10, 90])
+    return Spread(statistics.median(values), float(low), float(high))
+
+
+@dataclass
+class StepRow:
+    """The time of compiled steps of one contender on one tree."""
+
+    arrays: str
+    leaves: int
+    parameters: int
+    contender: str
+    milliseconds: Spread
+    # Its time by that of optax.adamax in the same round.
+    ratio: Spread
+    state_bytes_per_parameter: float
+    moved_bytes_per_parameter: float
+    # The time that moving these bytes takes at the bandwidth of the copy, by its time.
+    share_of_bandwidth: float
+    # Beyond the arguments and the results; None where that is not known.
+    temporary_bytes_per_parameter: float | None
+
+
+def step_rows(
+    arrays: str, shapes: Mapping[str, tuple[int, ...]], rounds: int
+) -> list[StepRow]:
+    """Times the compiled steps of all contenders on one tree."""
+    gradients = gradients_for(shapes)
+    runs = {name: make(gradients) for name, make in contenders(len(shapes) > 1).items()}
+    seconds = take_turns(runs, rounds)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    bandwidth = [runs["copy"].moved_bytes / s for s in seconds["copy"]]
+    return [
+        StepRow(
+            arrays=arrays,
+            leaves=len(shapes),
+            parameters=parameters,
+            contender=name,
+            milliseconds=spread([1e3 * s for s in seconds[name]]),
+            ratio=spread(
+                [s / r for s, r in zip(seconds[name], seconds[REFERENCE], strict=True)]
+            ),
+            state_bytes_per_parameter=run.state_bytes / parameters,
+            moved_bytes_per_parameter=run.moved_bytes / parameters,
+            share_of_bandwidth=statistics.median(
+                run.moved_bytes / s / b
+                for s, b in zip(seconds[name], bandwidth, strict=True)
+            ),
+            temporary_bytes_per_parameter=None
+            if run.temporary_bytes is None
+            else run.temporary_bytes / parameters,
+        )
+        for name, run in runs.items()
+    ]
+
+
+@dataclass
+class CallRow:
+    """A time that is not that of a compiled step, on many small arrays."""
+
+    arrays: str
+    what: str
+    contender: str
+    milliseconds: Spread
+    ratio: Spread
+
+
+def _call_rows(what, seconds):
+    return [
+        CallRow(
+            arrays=MANY,
+            what=what,
+            contender=name,
+            milliseconds=spread([1e3 * s for s in times]),
+            ratio=spread(
+                [s / r for s, r in zip(times, seconds[REFERENCE], strict=True)]
+            ),
+        )
+        for name, times in seconds.items()
+    ]
+
+
+def uncompiled_rows(rounds: int) -> list[CallRow]:
+    """Times steps outside of ``jax.jit``."""
+    gradients = gradients_for(TREES[MANY])
+    params = jax.tree.map(jnp.ones_like, gradients)
+
+    def run(optimizer):
+        state = optimizer.init(params)
+        step = optax_step(optimizer)
+        return lambda: jax.block_until_ready(step(params, state, gradients))
+
+    runs = {name: run(optimizer) for name, optimizer in OPTIMIZERS.items()}
+    return _call_rows("not compiled", take_turns(runs, rounds))
+
+
+def compile_rows(rounds: int) -> list[CallRow]:
+    """Times tracing and lowering, and compiling, each time with empty caches."""
+    gradients = jax.eval_shape(lambda: gradients_for(TREES[MANY]))
+    front: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
+    back: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
+    for i in range(1 + rounds):
+        for name, optimizer in OPTIMIZERS.items():
+            state = jax.eval_shape(optimizer.init, gradients)
+            jax.clear_caches()
+            start = time.perf_counter()
+            lowered = jax.jit(optax_step(optimizer)).lower(gradients, state, gradients)
+            middle = time.perf_counter()
+            lowered.compile()
+            if i > 0:
+                front[name].append(middle - start)
+                back[name].append(time.perf_counter() - middle)
+    return _call_rows("trace and lower", front) + _call_rows("compile", back)
+
+
+def markdown(rows: Sequence[StepRow | CallRow]) -> str:
+    """The tables: one for compiled steps, one for the other times."""
+    steps = [row for row in rows if isinstance(row, StepRow)]
+    calls = [row for row in rows if isinstance(row, CallRow)]
+    tables = []
+    if steps:
+        lines = [
+            "| arrays | optimizer | ms | time / optax.adamax | of the copy's bandwidth "
+            "| state, bytes per parameter | temporary, bytes per parameter |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in steps:
+            temporary = row.temporary_bytes_per_parameter
+            lines.append(
+                f"| {row.arrays} | {row.contender} | {_interval(row.milliseconds, 3)} "
+                f"| {_interval(row.ratio, 2)} | {row.share_of_bandwidth:.0%} "
+                f"| {row.state_bytes_per_parameter:.2f} "
+                f"| {'' if temporary is None else f'{temporary:.2f}'} |"
+            )
+        tables.append(lines)
+    if calls:
+        lines = [
+            "| arrays | time of | optimizer | ms | time / optax.adamax |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row.arrays} | {row.what} | {row.contender} "
+            f"| {_interval(row.milliseconds, 0)} | {_interval(row.ratio, 2)} |"
+            for row in calls
+        ]
+        tables.append(lines)
+    return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+
+
+def _interval(spread, digits):
+    median, low, high = (f"{x:.{digits}f}" for x in spread)
+    return f"{median} ({low} to {high})"
+
+
+def _settings(options):
+    packages = ["adamax_jax", "jax", "jaxlib", "optax"]
+    packages += [
+        p for module, p in OPTIONAL.items() if importlib.util.find_spec(module)
+    ]
+    return {
+        "environment": environment(),
+        "versions": {package: version(package) for package in packages},
+        "cores": os.cpu_count(),
+        "rounds": options.repetitions,
+        "warm_up_rounds": WARM_UP,
+        "max_size": options.max_size,
+        "command": f"python -m adamax_jax bench --max-size {options.max_size} "
+        f"--repetitions {options.repetitions}",
+    }
+
+
+def _caption(settings):
+    """The lines under the tables."""
+    versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
+    return (
+        f"Medians of {settings['rounds']} rounds after {settings['warm_up_rounds']} of "
+        "warm-up (of a fourth as many of compiling), and from the tenth to the "
+        "ninetieth percentile; float32 parameters and gradients; "
+        f"{settings['environment']}, {settings['cores']} cores; {versions}; "
+        f"{settings['command']}.\n"
+    )
+
+
+def draw(rows: Sequence[StepRow], title: str, path: Path) -> None:
+    """Time and state per parameter against the size of one array."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row.leaves == 1]
+    by_contender: dict[str, list[StepRow]] = {}
+    for row in rows:
+        by_contender.setdefault(row.contender, []).append(row)
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 4), constrained_layout=True, sharex=True
+    )
+    for i, (name, group) in enumerate(by_contender.items()):
+        sizes = [row.parameters for row in group]
+        per_parameter = np.array([row.milliseconds for row in group]) * 1e6
+        per_parameter /= np.array(sizes)[:, None]
+        look = {"color": _COLORS[i % len(_COLORS)], "marker": "osD^vP*X"[i % 8]}
+        left.plot(sizes, per_parameter[:, 0], label=name, ms=4, **look)
+        left.fill_between(
+            sizes, *per_parameter[:, 1:].T, color=look["color"], alpha=0.15, lw=0
+        )
+        if name != "copy":
+            state = [row.state_bytes_per_parameter for row in group]
+            right.plot(sizes, state, ms=4, **look)
+    left.set(xscale="log", yscale="log", xlabel="parameters", ylabel="ns per parameter")
+    right.set(xscale="log", xlabel="parameters", ylabel="bytes of state per parameter")
+    right.set_ylim(0, None)
+    left.set_title("Time of a step")
+    right.set_title("State")
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(loc="outside right upper", frameon=False)
+    fig.suptitle(title, fontsize=9, color="0.4")
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+# Okabe and Ito's, which colour-blind readers can tell apart.
+_COLORS = (
+    "#999999",
+    "#000000",
+    "#E69F00",
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+)
+
+
+def add_parser(commands) -> None:
+    """Adds the command ``bench`` to the command line."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure what an update costs, beside other optimizers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Measured where installed: " + ", ".join(OPTIONAL.values()) + ".",
+    )
+    parser.add_argument(
+        "--max-size",
+        type=positive_int,
+        default=SIZES[-1],
+        metavar="N",
+        help="of the largest array, in parameters (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repetitions",
+        type=positive_int,
+        default=20,
+        metavar="N",
+        help="rounds of which the medians are taken (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="where to save all numbers"
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="PATH", help="where to save the figure"
+    )
+    parser.set_defaults(run=run)
+
+
+def measure(max_size: int, rounds: int) -> Iterator[list[StepRow] | list[CallRow]]:
+    """The rows of one set of measurements after another."""
+    sizes = [size for size in SIZES if size < max_size] + [max_size]
+    for size in sizes:
+        yield step_rows(f"one of {size:,}", {"array": (size,)}, rounds)
+    for name, shapes in TREES.items():
+        if sum(math.prod(shape) for shape in shapes.values()) <= max_size:
+            yield step_rows(name, shapes, rounds)
+    yield uncompiled_rows(rounds)
+    yield compile_rows(max(1, rounds // 4))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures all, saving after each; prints the tables; returns the exit status."""
+    needed = ["matplotlib"] if options.figure else []
+    trouble = obstacle("figure", (options.json, options.figure), needed)
+    if trouble is not None:
+        print(trouble, file=sys.stderr)
+        return 1
+    settings = _settings(options)
+    rows: list[StepRow | CallRow] = []
+    interrupted = False
+    try:
+        for more in measure(options.max_size, options.repetitions):
+            rows += more
+            _save(rows, settings, options)
+            print(f"measured: {more[0].arrays}", file=sys.stderr)
+    except KeyboardInterrupt:
+        interrupted = True
+    if rows:
+        _save(rows, settings, options)
+        print(f"\n{markdown(rows)}\n{_caption(settings)}", end="")
+        for path in (options.json, options.figure):
+            if path is not None:
+                print(f"Saved: {path.resolve()}")
+    return 130 if interrupted else 0
+
+
+def _save(rows, settings, options):
+    if options.json is not None:
+        table = [asdict(row) for row in rows]
+        write_json(options.json, settings | {"rows": table})
+    if options.figure is not None:
+        steps = [row for row in rows if isinstance(row, StepRow)]
+        draw(steps, settings["environment"], options.figure)

@@ -1,0 +1,54 @@
+"""The shapes of the arrays of well-known models, for measurements."""
+
+Shape = tuple[int, ...]
+
+
+def transformer(
+    layers: int = 8, width: int = 512, vocabulary: int = 16_384, context: int = 1_024
+) -> dict[str, Shape]:
+    """GPT-2's parameters at another size: 100 arrays, 34,132,992 numbers."""
+    shapes = {"tokens": (vocabulary, width), "positions": (context, width)}
+    for i in range(layers):
+        shapes |= {
+            f"{i}.attention.norm.scale": (width,),
+            f"{i}.attention.norm.bias": (width,),
+            f"{i}.attention.in.kernel": (width, 3 * width),
+            f"{i}.attention.in.bias": (3 * width,),
+            f"{i}.attention.out.kernel": (width, width),
+            f"{i}.attention.out.bias": (width,),
+            f"{i}.mlp.norm.scale": (width,),
+            f"{i}.mlp.norm.bias": (width,),
+            f"{i}.mlp.in.kernel": (width, 4 * width),
+            f"{i}.mlp.in.bias": (4 * width,),
+            f"{i}.mlp.out.kernel": (4 * width, width),
+            f"{i}.mlp.out.bias": (width,),
+        }
+    return shapes | {"norm.scale": (width,), "norm.bias": (width,)}
+
+
+def resnet50() -> dict[str, Shape]:
+    """He et al. (2016): 161 arrays, 25,557,032 numbers."""
+    shapes: dict[str, Shape] = {}
+
+    def convolution(name, size, inputs, outputs):
+        shapes[f"{name}.kernel"] = (size, size, inputs, outputs)
+        shapes[f"{name}.norm.scale"] = shapes[f"{name}.norm.bias"] = (outputs,)
+
+    convolution("stem", 7, 3, 64)
+    inputs = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        width = 64 * 2**stage
+        for block in range(blocks):
+            name = f"{stage}.{block}"
+            convolution(f"{name}.reduce", 1, inputs, width)
+            convolution(f"{name}.filter", 3, width, width)
+            convolution(f"{name}.expand", 1, width, 4 * width)
+            if block == 0:
+                convolution(f"{name}.shortcut", 1, inputs, 4 * width)
+            inputs = 4 * width
+    return shapes | {"head.kernel": (inputs, 1000), "head.bias": (1000,)}
+
+
+def many(leaves: int = 1_000, size: int = 1_000) -> dict[str, Shape]:
+    """Arrays of one small size."""
+    return {str(i): (size,) for i in range(leaves)}
