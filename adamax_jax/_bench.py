@@ -362,6 +362,7 @@ def _settings(options):
     packages += [
         p for module, p in OPTIONAL.items() if importlib.util.find_spec(module)
     ]
+    flags = f"XLA_FLAGS={os.environ['XLA_FLAGS']} " if "XLA_FLAGS" in os.environ else ""
     return {
         "environment": environment(),
         "versions": {package: version(package) for package in packages},
@@ -369,7 +370,7 @@ def _settings(options):
         "rounds": options.repetitions,
         "warm_up_rounds": WARM_UP,
         "max_size": options.max_size,
-        "command": f"python -m adamax_jax bench --max-size {options.max_size} "
+        "command": f"{flags}python -m adamax_jax bench --max-size {options.max_size} "
         f"--repetitions {options.repetitions}",
     }
 

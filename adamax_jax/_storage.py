@@ -167,16 +167,20 @@ def encode_m(
     divisor = jnp.maximum(stored_u, _ROUNDING * u)
     # What is not finite has no code; the update has already carried it to the user.
     undefined = (divisor == 0) | ~jnp.isfinite(m)
-    ratio = jnp.where(undefined, 0, m / jnp.where(undefined, 1, divisor))
+    # Of |m|, with m's sign in the end: a quotient that is read twice, XLA:CPU writes to
+    # memory in between.
+    ratio = jnp.where(undefined, 0, jnp.abs(m) / jnp.where(undefined, 1, divisor))
     if dtype != jnp.int8:
-        return jnp.clip(ratio, -_LARGEST_RATIO, _LARGEST_RATIO).astype(dtype)
-    square = jnp.minimum(jnp.abs(ratio) * (_CODES**2 / _LARGEST_RATIO), _CODES**2)
-    below = jnp.floor(jnp.sqrt(square))
-    # The place between below^2 and (below + 1)^2, linear in m: a dither that is uniform
-    # in [0, 1) leaves no bias, while rounding to nearest would keep a mean that
-    # changes by less than half a code per step where it is for ever.
-    above = square - below * below > dither * (2 * below + 1)
-    return (jnp.sign(ratio) * jnp.where(above, below + 1, below)).astype(jnp.int8)
+        code = jnp.minimum(ratio, _LARGEST_RATIO)
+    else:
+        square = jnp.minimum(ratio * (_CODES**2 / _LARGEST_RATIO), _CODES**2)
+        below = jnp.floor(jnp.sqrt(square))
+        # The place between below^2 and (below + 1)^2, linear in m: a dither that is
+        # uniform in [0, 1) leaves no bias, while rounding to nearest would keep a mean
+        # that changes by less than half a code per step where it is for ever.
+        above = square - below * below > dither * (2 * below + 1)
+        code = jnp.where(above, below + 1, below)
+    return jnp.where(m < 0, -code, code).astype(dtype)
 
 
 def dither(count: jax.Array) -> jax.Array:

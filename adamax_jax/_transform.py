@@ -161,7 +161,7 @@ def scale_by_adamax(
     m_dtype = check_dtype("m_dtype", m_dtype, integer="int8")
     u_dtype = check_dtype("u_dtype", u_dtype, integer="uint8")
     check_ratio(b1, b2, m_dtype)
-    rule = _Rule(nesterov, eps_inside)
+    rule = _Rule(nesterov, eps_inside, _is_surely_positive(eps))
 
     def init_fn(params):
         check_params(params, m_dtype)
@@ -232,6 +232,7 @@ class _Rule(NamedTuple):
 
     nesterov: bool
     eps_inside: bool
+    eps_is_positive: bool
 
 
 class _Coefficients(NamedTuple):
@@ -293,11 +294,19 @@ def _adamax(g, norm, m, u, c, rule):
     else:
         m_hat = c.correction * m
     denominator = u if rule.eps_inside else u + c.eps
-    # 0/0 is 0; the inner where keeps the derivative of the untaken branch finite.
-    # Compared with ==, a NaN goes on to the update instead of being hidden.
+    if rule.eps_is_positive:
+        return m_hat / denominator, m, u
+    # The paper's rule: 0/0 is 0. The inner where keeps the derivative of the untaken
+    # branch finite. Compared with ==, a NaN goes on to the update instead of being
+    # hidden.
     is_zero = denominator == 0
     step = jnp.where(is_zero, 0, m_hat / jnp.where(is_zero, 1, denominator))
     return step, m, u
+
+
+def _is_surely_positive(eps):
+    """Whether eps is known and above 0, also where subnormal numbers count as 0."""
+    return isinstance(eps, float) and eps >= float(jnp.finfo(jnp.float32).tiny)
 
 
 def _one_minus_power(b, t):
