@@ -144,9 +144,12 @@ def check_gradients(updates: Any, m: Any) -> None:
         moments = treedef.flatten_up_to(m)
     except ValueError as error:
         raise ValueError(_structure_message(updates, m)) from error
+    checked = set()
     for index, (g, moment) in enumerate(zip(gradients, moments, strict=True)):
-        if g is None:
+        kind = _kind(g), _kind(moment)
+        if g is None or kind in checked:
             continue
+        checked.add(kind)
         problem = _leaf_problem(g, moment)
         if problem:
             path, _ = jax.tree.leaves_with_path(updates, is_leaf=_is_none)[index]
@@ -164,6 +167,11 @@ def check_shapes(updates: Any, params: Any) -> None:
             )
 
     jax.tree_util.tree_map_with_path(check, updates, params, is_leaf=_is_none)
+
+
+def _kind(leaf):
+    """What decides whether there is a problem with a leaf: many are of one kind."""
+    return getattr(leaf, "shape", None), getattr(leaf, "dtype", type(leaf))
 
 
 def _leaf_problem(g, moment):

@@ -200,7 +200,7 @@ def test_command(quick, tmp_path, capsys):
     assert {row["parameters"] for row in steps} == {10, 50, 30}
     assert any("flattened" in row["contender"] for row in steps)
     kinds = {row["what"] for row in results["rows"] if "what" in row}
-    assert kinds == {"not compiled", "trace and lower", "compile"}
+    assert kinds == {"update, not compiled", "trace and lower", "compile"}
     for row in results["rows"]:
         assert f"| {row['contender']} |" in printed
         assert row["milliseconds"][0] > 0
