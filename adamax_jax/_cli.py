@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,68 @@ def _missing_packages(modules: Iterable[str]) -> list[str]:
         except ImportError:
             missing.append(PACKAGES[module])
     return missing
+
+
+def add_training_options(parser, choices: Mapping[str, Iterable[str]]) -> None:
+    """Adds what commands that train models take: names to choose, seeds, files."""
+    for option, names in choices.items():
+        parser.add_argument(
+            option,
+            nargs="+",
+            metavar="NAME",
+            choices=names,
+            default=list(names),
+            help=f"of {', '.join(map(repr, names))} (default: all)",
+        )
+    parser.add_argument(
+        "--seeds",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help="how many, from 0 on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        metavar="N",
+        help="of each training, in place of its own",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="where to save all numbers"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="PATH", help="where to save the table"
+    )
+
+
+def train_all(
+    trainings: Iterable[Any],
+    total: int | None,
+    describe: Callable[[Any], str],
+    save: Callable[[list[Any]], str],
+    paths: Iterable[Path | None],
+) -> int:
+    """Saves after each training, prints the end result; returns the exit status."""
+    from tqdm import tqdm
+
+    done: list[Any] = []
+    interrupted = False
+    try:
+        with tqdm(total=total, unit="run") as progress:
+            for training in trainings:
+                done.append(training)
+                save(done)
+                progress.set_description(describe(training), refresh=False)
+                progress.update()
+    except KeyboardInterrupt:
+        interrupted = True
+    if done:
+        # Once more: the interrupt may have come while it saved.
+        print("\n" + save(done), end="")
+        for path in paths:
+            if path is not None:
+                print(f"Saved: {path.resolve()}")
+    return 130 if interrupted else 0
 
 
 def environment() -> str:

@@ -16,17 +16,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from adamax_jax._alias import adamax
-from adamax_jax._cli import environment, obstacle, positive_int, write_json
-from adamax_jax._tasks import TASKS, Problem, Task
+from adamax_jax._cli import (
+    add_training_options,
+    environment,
+    obstacle,
+    train_all,
+    write_json,
+)
+from adamax_jax._tasks import TASKS
+from adamax_jax._trainer import Trainer
 
 # What the other storages are compared to.
 REFERENCE = "float32"
@@ -71,13 +76,13 @@ def study(
         problem = task.make()
         measure = jax.jit(problem.measure)
         trainers = {
-            variant: _Trainer(problem, task, VARIANTS[variant], steps or task.steps)
+            variant: Trainer(problem, task, VARIANTS[variant], steps or task.steps)
             for variant in variants
         }
         for seed in range(seeds):
             for variant, trainer in trainers.items():
                 start = time.perf_counter()
-                params, losses = trainer(seed)
+                params, losses = trainer(seed, task.learning_rate)
                 yield Run(
                     task=name,
                     variant=variant,
@@ -88,59 +93,6 @@ def study(
                     seconds=time.perf_counter() - start,
                     losses=np.asarray(losses),
                 )
-
-
-class _Trainer:
-    """Trains one problem with one optimizer: compiled once, for all seeds."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        task: Task,
-        make_optimizer: Callable[[Any], optax.GradientTransformation],
-        steps: int,
-    ):
-        self._problem = problem
-        self._batches = steps, task.batch
-        self._examples = jax.tree.map(jnp.asarray, problem.examples)
-        self._optimizer = make_optimizer(task.schedule(steps))
-        self._train = jax.jit(self._scan)
-        params = jax.eval_shape(problem.init, jax.random.key(0))
-        state = jax.eval_shape(self._optimizer.init, params)
-        self.parameters = sum(x.size for x in jax.tree.leaves(params))
-        self.state_bytes = sum(
-            x.size * x.dtype.itemsize for x in jax.tree.leaves(state)
-        )
-
-    def __call__(self, seed: int) -> tuple[Any, jax.Array]:
-        """The trained parameters and the loss of each step."""
-        init_key, noise_key = jax.random.split(jax.random.key(seed))
-        order = _order(len(jax.tree.leaves(self._examples)[0]), *self._batches, seed)
-        params = self._problem.init(init_key)
-        return self._train(params, self._examples, order, noise_key)
-
-    def _scan(self, params, examples, order, key):
-        def step(carry, now):
-            params, state = carry
-            t, chosen = now
-            batch = jax.tree.map(lambda x: x[chosen], examples)
-            loss, gradients = jax.value_and_grad(self._problem.loss)(
-                params, batch, jax.random.fold_in(key, t)
-            )
-            updates, state = self._optimizer.update(gradients, state, params)
-            return (optax.apply_updates(params, updates), state), loss
-
-        start = params, self._optimizer.init(params)
-        (params, _), losses = jax.lax.scan(step, start, (jnp.arange(len(order)), order))
-        return params, losses
-
-
-def _order(examples: int, steps: int, batch: int, seed: int) -> np.ndarray:
-    """Which examples each step sees: whole passes, each shuffled anew."""
-    shuffle = np.random.default_rng(seed)
-    passes = math.ceil(steps * batch / examples)
-    order = np.concatenate([shuffle.permutation(examples) for _ in range(passes)])
-    return order[: steps * batch].reshape(steps, batch).astype(np.int32)
 
 
 @dataclass
@@ -216,7 +168,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        digits = _digits_to_show(
+        digits = digits_to_show(
             [x.value for x in rows if (x.task, x.metric) == (row.task, row.metric)]
         )
         value = f"{row.value.mean:.{digits}f}"
@@ -235,7 +187,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _digits_to_show(values: Iterable[Estimate]) -> int:
+def digits_to_show(values: Iterable[Estimate]) -> int:
     """As many decimals as show two digits of the typical deviation.
 
     One table column has one format; a training that diverged does not set it.
@@ -289,74 +241,27 @@ def add_parser(commands) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for option, names in {"--tasks": TASKS, "--variants": VARIANTS}.items():
-        parser.add_argument(
-            option,
-            nargs="+",
-            metavar="NAME",
-            choices=names,
-            default=list(names),
-            help=f"of {', '.join(map(repr, names))} (default: all)",
-        )
-    parser.add_argument(
-        "--seeds",
-        type=positive_int,
-        default=5,
-        metavar="N",
-        help="how many, from 0 on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=positive_int,
-        metavar="N",
-        help="of each run, in place of its own",
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="where to save all numbers"
-    )
-    parser.add_argument(
-        "--markdown", type=Path, metavar="PATH", help="where to save the table"
-    )
+    add_training_options(parser, {"--tasks": TASKS, "--variants": VARIANTS})
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Trains all, saving each result; prints the table; returns the exit status."""
-    trouble = obstacle("study", (options.json, options.markdown))
+    paths = options.json, options.markdown
+    trouble = obstacle("study", paths)
     if trouble is not None:
         print(trouble, file=sys.stderr)
         return 1
-    options.tasks = list(dict.fromkeys(options.tasks))
-    options.variants = list(dict.fromkeys(options.variants))
-    runs: list[Run] = []
-    interrupted = False
-    try:
-        _train_all(runs, options)
-    except KeyboardInterrupt:
-        interrupted = True
-    if runs:
-        # Once more: the interrupt may have come while it saved.
-        print("\n" + _save(runs, options), end="")
-        for path in (options.json, options.markdown):
-            if path is not None:
-                print(f"Saved: {path.resolve()}")
-    return 130 if interrupted else 0
-
-
-def _train_all(runs: list[Run], options: argparse.Namespace) -> None:
-    """Appends each run as soon as it is done."""
-    from tqdm import tqdm
-
-    names = options.tasks, options.variants
-    total = len(options.tasks) * len(options.variants) * options.seeds
-    with tqdm(total=total, unit="run") as progress:
-        for done in study(*names, options.seeds, options.steps):
-            runs.append(done)
-            _save(runs, options)
-            progress.set_description(
-                f"{done.task}, {done.variant}, seed {done.seed}", refresh=False
-            )
-            progress.update()
+    tasks, variants = (
+        list(dict.fromkeys(names)) for names in (options.tasks, options.variants)
+    )
+    return train_all(
+        study(tasks, variants, options.seeds, options.steps),
+        len(tasks) * len(variants) * options.seeds,
+        lambda run: f"{run.task}, {run.variant}, seed {run.seed}",
+        lambda runs: _save(runs, options),
+        paths,
+    )
 
 
 def _save(runs: Sequence[Run], options: argparse.Namespace) -> str:
@@ -368,13 +273,13 @@ def _save(runs: Sequence[Run], options: argparse.Namespace) -> str:
         options.markdown.write_text(text, encoding="utf-8")
     if options.json is not None:
         table = [asdict(row) for row in rows]
-        results = settings | {"table": table, "runs": [_as_json(run) for run in runs]}
+        results = settings | {"table": table, "runs": [with_curve(run) for run in runs]}
         write_json(options.json, results)
     return text
 
 
-def _as_json(run: Run) -> dict[str, Any]:
-    """A run whose losses are few: means over ``curve_every`` steps each."""
+def with_curve(run: Any) -> dict[str, Any]:
+    """A run for JSON, its losses few: means over ``curve_every`` steps each."""
     result = asdict(run)
     losses = result.pop("losses")
     every = math.ceil(len(losses) / CURVE_POINTS)

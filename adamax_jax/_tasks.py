@@ -1,5 +1,6 @@
 """The four tasks of ``python -m adamax_jax study``: small models on real data."""
 
+import functools
 import math
 import sysconfig
 from collections.abc import Callable
@@ -54,11 +55,11 @@ class Task(NamedTuple):
     steps: int
     batch: int
 
-    def schedule(self, steps: int) -> float | optax.Schedule:
-        """The learning rate of a training of so many steps."""
+    def schedule(self, learning_rate: Any, steps: int) -> Any:
+        """The learning rate during a training of so many steps that begins with one."""
         if not self.cosine:
-            return self.learning_rate
-        return optax.cosine_decay_schedule(self.learning_rate, steps)
+            return learning_rate
+        return optax.cosine_decay_schedule(learning_rate, steps)
 
 
 def _functional(make_model):
@@ -225,11 +226,11 @@ def _flow() -> Problem:
     )
 
 
-def _transformer() -> Problem:
+def _transformer(width: int = 64) -> Problem:
     """A transformer of two layers learns to write Python, character by character."""
     from flax import nnx
 
-    width, heads = 64, 4
+    heads = width // 16
 
     class Layer(nnx.Module):
         def __init__(self, rngs):
@@ -335,4 +336,13 @@ TASKS = {
         steps=800,
         batch=16,
     ),
+}
+
+# The last of them twice as wide, and trained four times as long. The learning rates are
+# where the search for the best begins.
+LARGER = {
+    "transformer, wide": TASKS["transformer"]._replace(
+        make=functools.partial(_transformer, width=128)
+    ),
+    "transformer, long": TASKS["transformer"]._replace(steps=3200),
 }

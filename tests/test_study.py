@@ -14,6 +14,7 @@ import pytest
 
 from adamax_jax import _study
 from adamax_jax._tasks import TASKS
+from adamax_jax._trainer import Trainer, order_of
 
 COMMAND = [sys.executable, "-m", "adamax_jax", "study"]
 
@@ -51,18 +52,19 @@ def test_a_seed_fixes_weights_data_and_noise_for_all_variants():
     task = TASKS["mlp"]
     problem = task.make()
     ours, optaxs = (
-        _study._Trainer(problem, task, _study.VARIANTS[variant], steps=4)
+        Trainer(problem, task, _study.VARIANTS[variant], steps=4)
         for variant in ("float32", "optax float32")
     )
-    (params, losses), (params_again, losses_again) = ours(0), ours(0)
+    rate = task.learning_rate
+    (params, losses), (params_again, losses_again) = ours(0, rate), ours(0, rate)
     np.testing.assert_array_equal(losses, losses_again)
     jax.tree.map(np.testing.assert_array_equal, params, params_again)
-    np.testing.assert_allclose(optaxs(0)[1], losses, rtol=1e-4)
-    assert ours(1)[1][0] != losses[0]
+    np.testing.assert_allclose(optaxs(0, rate)[1], losses, rtol=1e-4)
+    assert ours(1, rate)[1][0] != losses[0]
 
 
 def test_order_is_whole_passes():
-    order = _study._order(examples=10, steps=5, batch=4, seed=0)
+    order = order_of(examples=10, steps=5, batch=4, seed=0)
     assert order.shape == (5, 4)
     assert sorted(order.reshape(-1)[:10]) == list(range(10))
     assert sorted(order.reshape(-1)[10:]) == list(range(10))
@@ -112,7 +114,7 @@ def test_a_training_that_diverged_is_shown():
 def test_curves_are_short():
     run = run_of("float32", 0, 1.0)
     run.losses = np.arange(450.0)
-    result = _study._as_json(run)
+    result = _study.with_curve(run)
     assert result["curve_every"] == 3
     assert len(result["curve"]) == 150
     assert result["curve"][:2] == [1.0, 4.0]
