@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from adamax_jax._axes import SharedAxes
 from adamax_jax._checks import check_finite, check_shapes
 from adamax_jax._transform import scale_by_adamax
 
@@ -23,6 +24,7 @@ def adamax(
     eps_inside: bool = True,
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
+    shared_axes: SharedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaMax: Adam with the infinity norm in place of the second moment.
 
@@ -50,6 +52,7 @@ def adamax(
       eps_inside: Whether ``eps`` is added inside the maximum.
       m_dtype: What m is stored in; None: the parameter's dtype.
       u_dtype: What u is stored in; None: the parameter's dtype.
+      shared_axes: Axes of matrices and larger arrays along which u is shared.
 
     Returns:
       An optimizer whose updates are to be added to the parameters
@@ -88,6 +91,7 @@ def adamax(
             eps_inside=eps_inside,
             m_dtype=m_dtype,
             u_dtype=u_dtype,
+            shared_axes=shared_axes,
         ),
         _scale_by_learning_rate(learning_rate),
     )
@@ -105,6 +109,7 @@ def adamaxw(
     eps_inside: bool = True,
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
+    shared_axes: SharedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaMax with decoupled weight decay.
 
@@ -133,6 +138,7 @@ def adamaxw(
       eps_inside: Whether ``eps`` is added inside the maximum.
       m_dtype: What m is stored in; None: the parameter's dtype.
       u_dtype: What u is stored in; None: the parameter's dtype.
+      shared_axes: Axes of matrices and larger arrays along which u is shared.
 
     Returns:
       An optimizer as :func:`adamax` returns; its ``update`` needs the parameters.
@@ -165,6 +171,7 @@ def adamaxw(
             eps_inside=eps_inside,
             m_dtype=m_dtype,
             u_dtype=u_dtype,
+            shared_axes=shared_axes,
         ),
         _add_decayed_weights(weight_decay, mask),
         _scale_by_learning_rate(learning_rate),

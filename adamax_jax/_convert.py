@@ -9,6 +9,7 @@ import optax
 from jax.typing import DTypeLike
 
 from adamax_jax import _storage
+from adamax_jax._axes import maximum
 from adamax_jax._checks import check_complex, check_dtype
 from adamax_jax._transform import ScaleByAdamaxState
 
@@ -21,7 +22,7 @@ def moments(state: optax.OptState) -> tuple[optax.Updates, optax.Updates]:
 
     Returns:
       The trees m and u, in float32 (float64 and complex where they are stored so),
-      shaped as the parameters.
+      shaped as the parameters; u has size 1 along axes that share it.
 
     Raises:
       ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in the state.
@@ -143,19 +144,21 @@ def _at_least_float32(x):
 def store_like(
     state: ScaleByAdamaxState, like: ScaleByAdamaxState
 ) -> ScaleByAdamaxState:
-    """A state with m and u stored in the dtypes of another's.
+    """A state with m and u stored in the dtypes of another's, and u shared as there.
 
     Each number is rounded once, or not at all where nothing changes.
     """
-    u_scale, stored_u = state.u_scale, state.u
+    u_scale = state.u_scale
     m, u = decode(state)
+    # Stored numbers are in the order of what they stand for.
+    u, stored_u = (jax.tree.map(_share_like, tree, like.u) for tree in (u, state.u))
     if dtypes(state.u) != dtypes(like.u):
         u_scale = jax.tree.map(jnp.ones_like, u_scale)
         one = array_in(u_scale)
         stored_u = jax.tree.map(
             lambda u, like: _storage.encode_u(u, one, like.dtype), u, like.u
         )
-    elif dtypes(state.m) == dtypes(like.m):
+    elif dtypes(state.m) == dtypes(like.m) and _sizes(state.u) == _sizes(like.u):
         return state
     next_u = jax.tree.map(
         lambda stored: _storage.decode_u(stored, array_in(u_scale)), stored_u
@@ -172,6 +175,17 @@ def store_like(
 
     stored_m = jax.tree.map(encode_m, m, u, next_u, like.m)
     return state._replace(m=stored_m, u=stored_u, u_scale=u_scale)
+
+
+def _share_like(u, like):
+    """The maximum along axes that only another u shares, repeated along its own."""
+    pairs = enumerate(zip(u.shape, like.shape, strict=True))
+    axes = tuple(axis for axis, (size, kept) in pairs if size != 1 == kept)
+    return jnp.broadcast_to(maximum(u, axes), like.shape)
+
+
+def _sizes(tree):
+    return [leaf.size for leaf in jax.tree.leaves(tree)]
 
 
 def dtypes(tree: Any) -> list[Any]:

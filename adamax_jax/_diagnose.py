@@ -159,7 +159,7 @@ def _sums(stored_m, stored_u, u_scale, eps):
         return jnp.log10(x).astype(jnp.float32)
 
     return _Sums(
-        size=jnp.asarray(u.size, jnp.float32),
+        size=jnp.asarray(m.size, jnp.float32),
         squares=jnp.sum(jnp.square(ratio), dtype=jnp.float32),
         seen=count(seen),
         stale=count(seen & (m < _STALE * u)),

@@ -1,5 +1,6 @@
 """States of other libraries' AdaMax, and back to Optax."""
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -55,7 +56,8 @@ def to_optax(state: optax.OptState) -> optax.OptState:
     """A state as ``optax.adamax`` keeps it, for tools that look for mu and nu.
 
     Every :class:`ScaleByAdamaxState` in the state becomes an ``optax.ScaleByAdamState``
-    with mu = m and nu = u as :func:`moments` gives them: in float32 at least.
+    with mu = m and nu = u as :func:`moments` gives them: in float32 at least. A shared
+    u is repeated along its axes.
 
     Args:
       state: A :class:`ScaleByAdamaxState`, or an optimizer's state with some in it;
@@ -171,6 +173,10 @@ def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.O
     Schedules of the learning rate, of the weight decay and of
     ``optax.inject_hyperparams`` go on from the count, too. All else stays new.
 
+    Where the new optimizer shares u along axes and the old one did not, u becomes its
+    maximum along them, which is what it would have been. The other way round it is
+    repeated.
+
     (``optax.tree.set`` would leave m and u as they are inside
     ``optax.inject_hyperparams``, without a word.)
 
@@ -202,7 +208,7 @@ def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.O
     given = ScaleByAdamaxState(
         count=jax.tree.map(lambda _: array_in(given.count), target.count),
         m=_leaves_for(target.m, given.m),
-        u=_leaves_for(target.u, given.u),
+        u=_leaves_for(target.u, given.u, fits=_is_u_of),
         u_scale=jax.tree.map(lambda _: array_in(given.u_scale), target.u_scale),
     )
     given = jax.tree.map(_place, store_like(given, target), target)
@@ -220,7 +226,15 @@ def _from_scale_by_adam(state):
     )
 
 
-def _leaves_for(target, given):
+def _is_u_of(shape, other):
+    """Whether u of one shape becomes u of another by sharing or by repeating it."""
+    return len(shape) == len(other) and all(
+        size == kept or 1 in (size, kept)
+        for size, kept in zip(shape, other, strict=True)
+    )
+
+
+def _leaves_for(target, given, fits=operator.eq):
     """The given leaves in the target's containers, found by their paths."""
     leaves = dict(jax.tree.leaves_with_path(given))
 
@@ -230,7 +244,7 @@ def _leaves_for(target, given):
         if found not in leaves:
             raise ValueError(f"The state to insert has no leaf at {name_of(path)}.")
         new = leaves.pop(found)
-        if new.shape != old.shape:
+        if not fits(new.shape, old.shape):
             raise ValueError(
                 f"The state to insert has shape {new.shape} at {name_of(found)}, where "
                 f"the optimizer's has {old.shape}."
@@ -286,7 +300,8 @@ def _set_counts(tree, count):
 
 def _to_scale_by_adam(state):
     m, u = decode(state)
-    return optax.ScaleByAdamState(count=state.count, mu=m, nu=u)
+    nu = jax.tree.map(lambda m, u: jnp.broadcast_to(u, m.shape), m, u)
+    return optax.ScaleByAdamState(count=state.count, mu=m, nu=nu)
 
 
 def _checked_names(names, groups):

@@ -11,6 +11,13 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from adamax_jax import _storage
+from adamax_jax._axes import (
+    SharedAxes,
+    axes_between,
+    axes_of,
+    check_shared_axes,
+    maximum,
+)
 from adamax_jax._checks import (
     check_decay,
     check_dtype,
@@ -31,7 +38,8 @@ class ScaleByAdamaxState(NamedTuple):
       m: The moving average of the gradients: a tree of the parameters' structure and
         shapes. In one byte it holds m/u.
       u: The exponentially weighted infinity norm of the gradients: the same, real
-        also where the parameters are complex. Below 32 bits it holds u / u_scale.
+        also where the parameters are complex, and of size 1 along axes that share it.
+        Below 32 bits it holds u / u_scale.
       u_scale: The decay of u that is not in the stored numbers yet; float32 scalar in
         [1/2, 1], 1 where all of u has 32 bits or more.
     """
@@ -51,6 +59,7 @@ def scale_by_adamax(
     eps_inside: bool = True,
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
+    shared_axes: SharedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by AdaMax: momentum divided by a decayed maximum.
 
@@ -91,6 +100,22 @@ def scale_by_adamax(
     was cut down, m is too: steps keep their bound, times 1.13 for what rounding may
     take off a uint8 u. Derivatives do not pass through numbers stored in one byte.
 
+    **Sharing u.** With ``shared_axes`` one u stands for each slice S of a parameter
+    along these axes,
+
+    .. math::
+
+      u_t \leftarrow \max(\beta_2 u_{t-1}, \max_{j \in S} |g_{t,j}| + \varepsilon),
+
+    and being a maximum of maxima, it is the largest of the slice's element-wise u, to
+    the bit. So no step is longer than the element-wise one, and the bound above holds.
+    It keeps size 1 along these axes, and where it is left, 4 bytes for each row of a
+    matrix are little: with m in int8 the state has one byte per parameter. The update
+    reads from the shapes of the state alone which axes are shared. Where parameters are
+    divided along a shared axis, the maximum is all that devices exchange; in
+    ``jax.shard_map`` each would take the maximum over its own part, so divide along
+    other axes there.
+
     **Not-a-number and infinity** are carried by the update in every storage. The state
     keeps them in floats, so that the coordinate stays NaN; in uint8 u becomes the
     largest code and in int8 m becomes 0, which all but stops the coordinate for some
@@ -120,6 +145,10 @@ def scale_by_adamax(
         floats, or "uint8": 4 codes per octave, so that u is known to a ninth of
         itself at worst, from 2.3e-10 to 1.6e9. Gradients outside of that count as its
         ends; code 0 is a coordinate without any gradient, where ``eps`` is not inside.
+      shared_axes: Along which axes u is shared: None for none, an integer or a tuple of
+        them (negative ones count from the last), or a function of the parameter's path
+        (as of ``jax.tree_util.tree_map_with_path``) and the parameter that returns one
+        of these. Parameters with fewer than two axes stay element-wise.
 
     ``b1``, ``b2`` and ``eps`` may be traced scalars, for instance those of
     ``optax.inject_hyperparams`` (with half-precision parameters pass that
@@ -132,12 +161,13 @@ def scale_by_adamax(
     Raises:
       ValueError: If ``b1`` or ``b2`` is outside [0, 1), ``eps`` is negative or not
         finite, a dtype is not one of those above, or one byte for m meets
-        ``b1 >= b2``; by ``update``, if the gradients differ from the state in tree
+        ``b1 >= b2``; by ``init``, if a parameter does not have the ``shared_axes`` or
+        has one twice; by ``update``, if the gradients differ from the state in tree
         structure or shape.
       TypeError: If a hyperparameter is not a number or a scalar array of at least 32
-        bits, or a dtype is none; by ``init``, if a parameter is not floating-point or
-        complex; by ``update``, if a gradient is not, or if it is complex where the
-        parameter is real or the other way round.
+        bits, a dtype is none, or ``shared_axes`` are no integers; by ``init``, if a
+        parameter is not floating-point or complex; by ``update``, if a gradient is not,
+        or if it is complex where the parameter is real or the other way round.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -161,6 +191,7 @@ def scale_by_adamax(
     m_dtype = check_dtype("m_dtype", m_dtype, integer="int8")
     u_dtype = check_dtype("u_dtype", u_dtype, integer="uint8")
     check_ratio(b1, b2, m_dtype)
+    shared_axes = check_shared_axes(shared_axes)
     rule = _Rule(nesterov, eps_inside, _is_surely_positive(eps))
 
     def init_fn(params):
@@ -170,8 +201,12 @@ def scale_by_adamax(
             m=jax.tree.map(
                 lambda p: jnp.zeros_like(p, dtype=_mean_dtype(p, m_dtype)), params
             ),
-            u=jax.tree.map(
-                lambda p: jnp.zeros_like(p, dtype=_norm_dtype(p, u_dtype)), params
+            u=jax.tree_util.tree_map_with_path(
+                lambda path, p: _zeros_like_maximum(
+                    jnp.zeros_like(p, dtype=_norm_dtype(p, u_dtype)),
+                    axes_of(path, p, shared_axes),
+                ),
+                params,
             ),
             u_scale=jnp.ones([], jnp.float32),
         )
@@ -221,6 +256,12 @@ def scale_by_adamax(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _zeros_like_maximum(zeros, axes):
+    """Zeros that lie on the devices as the maximum over axes does."""
+    # The maximum of zeros itself would take the compiler seconds to evaluate.
+    return jnp.zeros_like(maximum(zeros, axes)) if axes else zeros
+
+
 class _Leaf(NamedTuple):
     step: jax.Array | None
     m: jax.Array
@@ -265,7 +306,8 @@ def _update_leaf(g, stored_m, stored_u, coefficients, rule):
     is_complex = jnp.iscomplexobj(g)
     dtype = _storage.complex_dtype(real) if is_complex else real
     m, g = m.astype(dtype), jnp.asarray(g, dtype)
-    norm = jnp.abs(g)
+    # u says itself which axes share it: those along which it has size 1.
+    norm = maximum(jnp.abs(g), axes_between(g.shape, u.shape))
     if is_complex:
         # The two parts share u and are otherwise independent. In real arithmetic
         # nothing is squared; a complex division by u would overflow above 1e19.

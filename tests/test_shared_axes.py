@@ -1,0 +1,427 @@
+"""One u for a row, a column or an array: the maximum of the element-wise one."""
+
+import eight_devices
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+import sequences
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from sequences import STORAGES, trajectory
+
+from adamax_jax import (
+    _shapes,
+    adamax,
+    adamaxw,
+    convert_state,
+    diagnose,
+    from_optax,
+    insert_state,
+    moments,
+    scale_by_adamax,
+    to_optax,
+    zero_shardings,
+)
+
+P = PartitionSpec
+AXES = [-1, 0, (0, 1), (-2, 0, 2), ()]
+
+
+def all_axes(path, leaf):
+    return range(leaf.ndim)
+
+
+def gradients(steps, shape, **options):
+    size = int(np.prod(shape))
+    g = sequences.gradients(steps, size, **options).reshape(steps, *shape)
+    return jnp.asarray(g, jnp.float32)
+
+
+def maximum(u, axes):
+    """Of numbers or codes, over axes that keep size 1."""
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    u = np.asarray(u if u.dtype == jnp.uint8 else u.astype(jnp.float32))
+    # The first axis is that of the steps.
+    shifted = tuple(axis + 1 if axis >= 0 else axis for axis in axes)
+    return u.max(shifted, keepdims=True) if shifted else u
+
+
+def assert_same(actual, expected):
+    actual = np.asarray(actual)
+    expected = np.asarray(expected)
+    assert actual.shape == expected.shape
+    np.testing.assert_array_equal(
+        actual.astype(expected.dtype) if actual.dtype != expected.dtype else actual,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("storage", list(STORAGES.values()), ids=list(STORAGES))
+@pytest.mark.parametrize("axes", AXES, ids=str)
+def test_it_is_the_maximum_of_the_element_wise_u_to_the_bit(axes, storage):
+    """Of the stored numbers too, over 1000 steps: rounding commutes with a maximum."""
+    g = gradients(1000, (4, 3, 5))
+    _, element_wise = trajectory(scale_by_adamax(**storage), g)
+    _, shared = trajectory(scale_by_adamax(shared_axes=axes, **storage), g)
+    assert shared.u.dtype == element_wise.u.dtype
+    assert_same(shared.u.astype(jnp.float32), maximum(element_wise.u, axes))
+    assert_same(shared.u_scale, element_wise.u_scale)
+
+
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_it_is_the_maximum_for_any_axes(shape, seed, data):
+    axes = data.draw(
+        st.lists(
+            st.integers(-len(shape), len(shape) - 1),
+            unique_by=lambda axis: axis % len(shape),
+        ).map(tuple)
+    )
+    g = gradients(20, shape, seed=seed)
+    element_wise, shared = scale_by_adamax(), scale_by_adamax(shared_axes=axes)
+    state, other = element_wise.init(g[0]), shared.init(g[0])
+    for now in g:
+        _, state = element_wise.update(now, state)
+        _, other = shared.update(now, other)
+        assert_same(other.u, maximum(state.u[None], axes)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"eps_inside": False}, {"nesterov": True}])
+def test_updates_are_those_of_the_paper_with_this_u(options):
+    g = gradients(300, (4, 6))
+    updates, _ = trajectory(scale_by_adamax(shared_axes=-1, **options), g)
+    # A reference whose gradients have the row's maximum beside each gradient's sign.
+    steps = reference.adamax(np.asarray(g, np.float64), **options)
+    rows = np.abs(g).max(-1, keepdims=True).astype(np.float64)
+    norms = (step.u for step in reference.adamax(rows, **options))
+    inside = options.get("eps_inside", True)
+    for t, (update, step, u) in enumerate(zip(updates, steps, norms, strict=True), 1):
+        m_hat = step.m / (1 - 0.9**t)
+        if options.get("nesterov"):
+            m_hat = 0.9 * step.m / (1 - 0.9 ** (t + 1)) + 0.1 * np.asarray(
+                g[t - 1], np.float64
+            ) / (1 - 0.9**t)
+        expected = m_hat / (u if inside else u + 1e-8)
+        np.testing.assert_allclose(update, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_no_step_is_longer_than_the_element_wise_one():
+    g = gradients(500, (4, 6))
+    element_wise, _ = trajectory(scale_by_adamax(), g)
+    for axes in AXES[:3]:
+        shared, _ = trajectory(scale_by_adamax(shared_axes=axes), g)
+        # m may be rounded otherwise where the compiler fuses it into other operations.
+        assert np.all(np.abs(shared) <= np.abs(element_wise) + 1e-6)
+        assert np.any(np.abs(shared) < np.abs(element_wise))
+
+
+@pytest.mark.parametrize("m_dtype", ["int8", "float8_e4m3fn", "bfloat16"])
+def test_narrow_m_follows_the_wide_one(m_dtype):
+    """A ratio to a shared u has coarser steps for small coordinates: of u, not of m."""
+    rng = np.random.default_rng(0)
+    scales = 10.0 ** rng.uniform(-2, 0, (300, 4, 6))
+    g = jnp.asarray(rng.standard_normal((300, 4, 6)) * scales, jnp.float32)
+    wide, _ = trajectory(scale_by_adamax(shared_axes=-1), g)
+    narrow, state = trajectory(scale_by_adamax(shared_axes=-1, m_dtype=m_dtype), g)
+    assert state.m.dtype == jnp.dtype(m_dtype)
+    error = np.abs(np.asarray(wide) - np.asarray(narrow))
+    assert error.max() < 0.1
+    assert error.mean() < 0.01
+
+
+def test_one_byte_for_each_parameter_of_a_transformer():
+    shapes = _shapes.transformer()
+    params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+    size = sum(p.size for p in params.values())
+    for axes in (-1, -2):
+        optimizer = adamax(m_dtype="int8", shared_axes=axes)
+        state = jax.eval_shape(optimizer.init, params)
+        stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        assert size < stored <= 1.05 * size
+    params = {"kernel": jnp.zeros([256, 512]), "bias": jnp.zeros(512)}
+    optimizer = adamax(m_dtype="int8", shared_axes=-1)
+    _, state = optimizer.update(params, optimizer.init(params))
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(state))
+    # m; u of the rows and of the bias; the count and u_scale.
+    assert nbytes == 256 * 512 + 512 + 4 * (256 + 512) + 8
+
+
+def test_vectors_and_scalars_stay_element_wise():
+    params = {"kernel": jnp.ones([3, 4]), "bias": jnp.ones(4), "scale": jnp.ones([])}
+    for axes in (0, (-1,), all_axes):
+        state = scale_by_adamax(shared_axes=axes).init(params)
+        assert state.u["bias"].shape == (4,)
+        assert state.u["scale"].shape == ()
+        assert state.u["kernel"].shape != (3, 4)
+        assert state.m["kernel"].shape == (3, 4)
+
+
+def test_a_function_chooses_for_each_parameter():
+    calls = []
+
+    def axes(path, leaf):
+        calls.append((jax.tree_util.keystr(path), leaf.shape))
+        return None if path[0].key == "embedding" else [-1]
+
+    params = {
+        "embedding": jnp.ones([5, 2]),
+        "kernel": jnp.ones([3, 4]),
+        "bias": jnp.ones(4),
+    }
+    state = adamaxw(shared_axes=axes).init(params)
+    assert state[0].u["embedding"].shape == (5, 2)
+    assert state[0].u["kernel"].shape == (3, 1)
+    assert sorted(calls) == [("['embedding']", (5, 2)), ("['kernel']", (3, 4))]
+
+
+@pytest.mark.parametrize(
+    ("axes", "error", "message"),
+    [
+        (2, ValueError, r"-2 to 1 for the parameter at \['a'\].*\(3, 4\), got \(2,\)"),
+        ((0, -3), ValueError, r"\['a'\].*\(3, 4\), got \(0, -3\)"),
+        ((1, -1), ValueError, r"different axes.*\['a'\].*\(3, 4\), got \(1, -1\)"),
+        (lambda path, leaf: 5, ValueError, r"\['a'\].*\(3, 4\), got \(5,\)"),
+        (lambda path, leaf: "out", TypeError, r"parameter at \['a'\], got 'out'"),
+        (True, TypeError, "got True"),
+        (1.0, TypeError, "got 1.0"),
+        ("rows", TypeError, "got 'rows'"),
+        ((0, "rows"), TypeError, "got"),
+    ],
+)
+def test_errors_name_the_parameter_and_its_shape(axes, error, message):
+    with pytest.raises(error, match=message):
+        adamax(shared_axes=axes).init({"a": jnp.ones([3, 4])})
+
+
+def test_inject_hyperparams_leaves_static_axes_alone():
+    params = jnp.ones([3, 4])
+    inject = optax.inject_hyperparams
+    for axes in (-1, (-1,), lambda path, leaf: -1):
+        optimizer = inject(adamax, static_args="shared_axes")(0.1, shared_axes=axes)
+        state = optimizer.init(params)
+        assert state.inner_state[0].u.shape == (3, 1)
+        updates, _ = jax.jit(optimizer.update)(params, state)
+        np.testing.assert_allclose(updates, -0.1 * jnp.ones([3, 4]), rtol=1e-5)
+    optimizer = inject(adamax)(0.1, shared_axes=-1)
+    with pytest.raises(TypeError, match="static_args"):
+        jax.jit(optimizer.update)(params, optimizer.init(params))
+
+
+@pytest.mark.parametrize("storage", list(STORAGES.values()), ids=list(STORAGES))
+def test_it_stays_as_it_is_through_jit_scan_vmap_and_without_gradient(storage):
+    params = {"a": jnp.ones([3, 4]), "b": jnp.ones([2, 0]), "c": jnp.ones([0, 2])}
+    optimizer = adamax(0.1, shared_axes=-1, **storage)
+    state = optimizer.init(params)
+    types = jax.tree.map(jax.typeof, state)
+    for update in (optimizer.update, jax.jit(optimizer.update)):
+        updates, new = update(params, state, params)
+        assert jax.tree.map(jax.typeof, new) == types
+        assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+    _, new = optimizer.update({"a": None, "b": None, "c": None}, state)
+    assert jax.tree.map(jax.typeof, new) == types
+    population = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
+    states = jax.vmap(optimizer.init)(population)
+    assert states[0].u["a"].shape == (2, 3, 1)
+    updates, states = jax.vmap(optimizer.update)(population, states)
+    np.testing.assert_allclose(updates["a"], -0.1 * jnp.ones([2, 3, 4]), rtol=0.13)
+
+
+def test_complex_parameters_share_the_modulus():
+    g = jnp.array([[3 + 4j, 1j], [0, 2]], jnp.complex64)
+    transformation = scale_by_adamax(shared_axes=-1, eps=0.0)
+    update, state = transformation.update(g, transformation.init(g))
+    assert state.u.dtype == jnp.float32
+    np.testing.assert_allclose(state.u, [[5], [2]], rtol=1e-6)
+    np.testing.assert_allclose(update, np.asarray(g) / np.asarray(state.u), rtol=1e-6)
+
+
+def test_a_row_without_gradient_does_not_move():
+    g = jnp.array([[0.0, 0.0], [1.0, 0.0]])
+    transformation = scale_by_adamax(shared_axes=-1, eps=0.0)
+    update, state = transformation.update(g, transformation.init(g))
+    np.testing.assert_allclose(update, [[0, 0], [1, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(state.u, [[0], [1]])
+
+
+def test_nan_stays_in_its_row():
+    g = jnp.array([[jnp.nan, 1.0], [1.0, 1.0]])
+    for storage in STORAGES.values():
+        transformation = scale_by_adamax(shared_axes=-1, **storage)
+        update, _ = transformation.update(g, transformation.init(jnp.ones([2, 2])))
+        assert np.isnan(update[0]).all()
+        np.testing.assert_allclose(update[1], 1, rtol=1e-5)
+
+
+def test_derivatives_through_the_update_are_finite():
+    transformation = scale_by_adamax(shared_axes=-1)
+
+    def length(g):
+        update, state = transformation.update(g, transformation.init(g))
+        update, _ = transformation.update(g, state)
+        return jnp.sum(update**2)
+
+    for g in (jnp.zeros([2, 3]), jnp.ones([2, 3]), jnp.array([[1.0, 0.0, -2.0]])):
+        assert np.isfinite(jax.grad(length)(g)).all()
+
+
+def test_a_run_goes_on_with_a_shared_u_as_if_it_always_had_been():
+    """And the other way round with a repeated one."""
+    g = gradients(40, (4, 6))
+    rows, element_wise = adamax(shared_axes=-1), adamax()
+    states = [rows.init(g[0]), element_wise.init(g[0])]
+    for now in g[:20]:
+        states = [
+            optimizer.update(now, state)[1]
+            for optimizer, state in zip((rows, element_wise), states, strict=True)
+        ]
+    shared, plain = states
+    inserted = insert_state(rows.init(g[0]), plain)
+    jax.tree.map(np.testing.assert_array_equal, inserted, shared)
+    repeated = insert_state(element_wise.init(g[0]), shared)
+    assert repeated[0].u.shape == (4, 6)
+    assert_same(repeated[0].u, np.broadcast_to(shared[0].u, (4, 6)))
+    for storage in ({"m_dtype": "int8"}, STORAGES["two bytes"]):
+        narrow = convert_state(plain, **storage)
+        inserted = insert_state(adamax(shared_axes=-1, **storage).init(g[0]), narrow)
+        m, u = moments(inserted)
+        expected, element_wise_u = moments(narrow)
+        assert_same(u, np.asarray(element_wise_u).max(-1, keepdims=True))
+        # Rounded once more: in int8 at most half of 1.8 % of u.
+        assert np.all(np.abs(m - expected) <= 0.01 * np.asarray(u))
+    with pytest.raises(ValueError, match=r"shape \(4, 6\)"):
+        insert_state(adamax(shared_axes=-1).init(jnp.ones([4, 5])), plain)
+
+
+def test_it_is_read_as_any_other_state():
+    g = gradients(30, (4, 6))
+    optimizer = adamax(shared_axes=-1)
+    state = optimizer.init(g[0])
+    for now in g:
+        _, state = optimizer.update(now, state)
+    m, u = moments(state)
+    assert m.shape == (4, 6) and u.shape == (4, 1)
+    nu = to_optax(state)[0].nu
+    assert_same(nu, np.broadcast_to(u, (4, 6)))
+    assert from_optax(to_optax(state))[0].u.shape == (4, 6)
+    total = diagnose(state).total
+    ratio = np.abs(m) / np.asarray(u)
+    np.testing.assert_allclose(total["rms"], np.sqrt(np.mean(ratio**2)), rtol=1e-5)
+    np.testing.assert_allclose(total["max"], ratio.max(), rtol=1e-5)
+    # The first coordinate of all, which shares a u that is not eps.
+    assert total["unseen"] == 0
+    narrow = convert_state(state, m_dtype="int8", u_dtype="uint8")
+    assert narrow[0].u.shape == (4, 1) and narrow[0].u.dtype == jnp.uint8
+    np.testing.assert_allclose(moments(narrow)[1], u, rtol=0.13)
+
+
+# With eight devices.
+
+SHARDINGS = [P(), P("data", None), P(None, "data")]
+
+
+def states_of(mesh, spec, storage):
+    """The states after some steps with parameters divided so."""
+    sharding = NamedSharding(mesh, spec)
+    optimizer = adamax(0.1, shared_axes=-1, **storage)
+    put = jax.jit(lambda x: x, out_shardings=sharding)
+    params = put(jnp.ones([16, 24]))
+    state = optimizer.init(params)
+    step = jax.jit(optimizer.update)
+    for g in gradients(10, (16, 24)):
+        _, state = step(put(g), state, params)
+    return state
+
+
+def check_no_bit_depends_on_the_layout():
+    single = jax.make_mesh(
+        (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]
+    )
+    for storage in STORAGES.values():
+        expected = jax.device_get(states_of(single, P(), storage))
+        for axis_type in (AxisType.Auto, AxisType.Explicit):
+            mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+            for spec in SHARDINGS:
+                with jax.set_mesh(mesh):
+                    actual = states_of(mesh, spec, storage)
+                jax.tree.map(
+                    np.testing.assert_array_equal, jax.device_get(actual), expected
+                )
+
+
+def check_only_the_maximum_is_exchanged():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    for storage in STORAGES.values():
+        optimizer = adamax(0.1, shared_axes=-1, **storage)
+        for spec in SHARDINGS:
+            sharding = NamedSharding(mesh, spec)
+            params = jax.device_put(jnp.ones([16, 24]), sharding)
+            state = jax.jit(optimizer.init)(params)
+            compiled = jax.jit(optimizer.update).lower(params, state).compile()
+            exchanges = [
+                line
+                for line in compiled.as_text().splitlines()
+                if any(f" {name}(" in line for name in COLLECTIVES)
+            ]
+            if spec != P(None, "data"):
+                assert exchanges == []
+                continue
+            (exchange,) = exchanges
+            # One number for each of 16 rows, and the greater of two is kept.
+            assert " = f32[16]" in exchange or " = f32[16,1]" in exchange
+            assert " all-reduce(" in exchange
+            computation = exchange.split("to_apply=%")[1].split(",")[0]
+            body = compiled.as_text().split(f"%{computation} (")[1].split("\n}")[0]
+            assert " maximum(" in body
+
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+    "all-reduce-start",
+)
+
+
+def check_zero_divides_it_too():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, P())
+    params = jax.device_put(jnp.ones([16, 24]), replicated)
+    optimizer = adamax(0.1, m_dtype="int8", shared_axes=-1)
+    shardings = zero_shardings(optimizer, params, mesh, "data")
+    assert shardings[0].m.spec == P("data", None)
+    assert shardings[0].u.spec == P("data", None)
+    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    step = jax.jit(optimizer.update, out_shardings=(replicated, shardings))
+    plain, spread = optimizer.init(params), state
+    for g in gradients(5, (16, 24)):
+        expected, plain = jax.jit(optimizer.update)(g, plain)
+        updates, spread = step(jax.device_put(g, replicated), spread)
+        np.testing.assert_array_equal(updates, expected)
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(spread), jax.device_get(plain)
+    )
+
+
+CHECKS = eight_devices.named(
+    check_no_bit_depends_on_the_layout,
+    check_only_the_maximum_is_exchanged,
+    check_zero_divides_it_too,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_eight_devices(check):
+    eight_devices.run(__file__, check)
+
+
+if __name__ == "__main__":
+    eight_devices.main(CHECKS)
