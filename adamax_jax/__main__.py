@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from adamax_jax import __version__, _bench, _demo, _study
+from adamax_jax import __version__, _bench, _compare, _demo, _study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _demo.add_parser(commands)
     _bench.add_parser(commands)
     _study.add_parser(commands)
+    _compare.add_parser(commands)
     options = parser.parse_args(arguments)
     if "run" not in options:
         parser.print_help()
