@@ -13,12 +13,12 @@ Axes = int | Sequence[int] | None
 SharedAxes = Axes | Callable[[Any, Any], Axes]
 
 
-def check_shared_axes(shared_axes: Any) -> SharedAxes:
+def check_shared_axes(shared_axes: Any) -> Any:
     """Returns axes, or a function to them, refusing what is neither."""
     return shared_axes if callable(shared_axes) else _integers(shared_axes, "")
 
 
-def axes_of(path: Any, leaf: Any, shared_axes: SharedAxes) -> tuple[int, ...]:
+def axes_of(path: Any, leaf: Any, shared_axes: Any) -> tuple[int, ...]:
     """The axes of one parameter that share a u: none of those with fewer than two."""
     ndim = jnp.ndim(leaf)
     if ndim < 2:
@@ -55,14 +55,15 @@ def maximum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def _integers(axes, place):
     if axes is None:
         return ()
-    items = axes if isinstance(axes, Sequence) and not isinstance(axes, str) else [axes]
+    items: Any = axes if isinstance(axes, Sequence) else [axes]
     try:
         if any(isinstance(axis, bool) for axis in items):
-            raise TypeError
+            raise TypeError("a bool is no axis")
         return tuple(operator.index(axis) for axis in items)
     except TypeError as error:
         raise TypeError(
-            f"shared_axes must be None, an integer, a tuple of integers or a function "
-            f"to one of these{place}, got {axes!r}. Inside optax.inject_hyperparams, "
-            'which makes arrays of numbers, pass that static_args="shared_axes".'
+            "shared_axes must be None, an integer, a tuple of integers or a function "
+            f"that returns one of these{place}, got {axes!r}. Inside "
+            "optax.inject_hyperparams, which makes arrays of numbers, pass that "
+            'static_args="shared_axes".'
         ) from error

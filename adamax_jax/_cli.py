@@ -64,7 +64,7 @@ def add_training_options(parser, choices: Mapping[str, Iterable[str]]) -> None:
             metavar="NAME",
             choices=names,
             default=list(names),
-            help=f"of {', '.join(map(repr, names))} (default: all)",
+            help=f"of {', '.join(map(repr, names))} (default: %(default)s)",
         )
     parser.add_argument(
         "--seeds",

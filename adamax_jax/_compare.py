@@ -64,10 +64,11 @@ METHODS: dict[str, Method] = {
 }
 for _name, _axes in SHARED_AXES.items():
     METHODS[_name] = functools.partial(adamax, shared_axes=_axes)
-    METHODS[f"{_name}, int8"] = functools.partial(METHODS[_name], m_dtype="int8")
-# What an embedding table takes, on its own: the task "transformer" has two, of the
-# symbols and of their places.
-METHODS |= {
+    METHODS[f"{_name}, int8"] = functools.partial(
+        adamax, shared_axes=_axes, m_dtype="int8"
+    )
+# The embedding tables on their own; only the transformers have some.
+EMBEDDING_METHODS: dict[str, Method] = {
     "embeddings: u per symbol": functools.partial(
         adamax, shared_axes=lambda path, leaf: -1 if _is_embedding(path) else None
     ),
@@ -75,6 +76,7 @@ METHODS |= {
         adamax, shared_axes=lambda path, leaf: 0 if _is_embedding(path) else None
     ),
 }
+ALL_METHODS = METHODS | EMBEDDING_METHODS
 
 
 @dataclass
@@ -107,7 +109,7 @@ def compare(
         measure = jax.jit(problem.measure)
         exponent = 0
         for method in methods:
-            trainer = Trainer(problem, task, METHODS[method], steps or task.steps)
+            trainer = Trainer(problem, task, ALL_METHODS[method], steps or task.steps)
             train = functools.partial(_train, name, method, trainer, measure)
             # The search begins where that of the method before ended.
             exponent = yield from _search(train, exponent, seeds)
@@ -316,7 +318,8 @@ def add_parser(commands) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_training_options(parser, {"--tasks": ALL_TASKS, "--methods": METHODS})
+    add_training_options(parser, {"--tasks": ALL_TASKS, "--methods": ALL_METHODS})
+    parser.set_defaults(methods=list(METHODS))
     parser.set_defaults(run=run)
 
 

@@ -85,10 +85,10 @@ def test_methods_are_what_they_are_called():
     }
     for name, (kernel, conv, embed) in shapes.items():
         for suffix, dtype in (("", jnp.float32), (", int8", jnp.int8)):
-            if name + suffix not in _compare.METHODS:
+            if name + suffix not in _compare.ALL_METHODS:
                 assert name.startswith("embeddings")
                 continue
-            state = _compare.METHODS[name + suffix](0.1).init(params)[0]
+            state = _compare.ALL_METHODS[name + suffix](0.1).init(params)[0]
             assert state.u["kernel"].shape == kernel
             assert state.u["conv"].shape == conv
             assert state.u["embed"].shape == embed
