@@ -43,8 +43,14 @@ def axes_of(path: Any, leaf: Any, shared_axes: Any) -> tuple[int, ...]:
 
 def axes_between(m_shape: tuple[int, ...], u_shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes that u of one shape shares beside m of another."""
-    sizes = enumerate(zip(m_shape, u_shape, strict=True))
-    return tuple(axis for axis, (size, kept) in sizes if size != kept)
+    sizes = list(zip(m_shape, u_shape, strict=False))
+    fits = all(kept in (1, size) for size, kept in sizes)
+    if len(m_shape) != len(u_shape) or not fits:
+        raise ValueError(
+            f"The optimizer state has u of shape {u_shape} beside m of shape "
+            f"{m_shape}: they must agree but for axes along which u has size 1."
+        )
+    return tuple(axis for axis, (size, kept) in enumerate(sizes) if size != kept)
 
 
 def maximum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -57,8 +63,8 @@ def _integers(axes, place):
         return ()
     items: Any = axes if isinstance(axes, Sequence) else [axes]
     try:
-        if any(isinstance(axis, bool) for axis in items):
-            raise TypeError("a bool is no axis")
+        if isinstance(axes, str | bytes) or any(isinstance(a, bool) for a in items):
+            raise TypeError("neither text nor a bool is an axis")
         return tuple(operator.index(axis) for axis in items)
     except TypeError as error:
         raise TypeError(

@@ -2,14 +2,16 @@
 
 The update and its addition to the parameters are timed for one array of growing size
 and for the arrays of real models, compiled and not, and so is compiling them. All
-contenders take turns in one process: a ratio is the median over rounds of the ratios
-within a round, so that what else the machine does falls on all alike. One contender
-only reads and writes an array: what it reaches is the limit for the others.
+contenders take turns in one process, in another random order each round: a ratio is the
+median over rounds of the ratios within a round. optax.adamax takes part twice: what its
+second row differs from 1 is noise. One contender only reads and writes an array in
+place: where arrays are larger than the caches, what it reaches is the limit for the
+others.
 """
 
 import argparse
 import functools
-import importlib.util
+import gc
 import math
 import os
 import statistics
@@ -17,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +33,12 @@ from adamax_jax._alias import adamax
 from adamax_jax._cli import environment, obstacle, positive_int, write_json
 
 REFERENCE = "optax.adamax"
+AGAIN = "optax.adamax, again"
 LEARNING_RATE = 1e-3
 WARM_UP = 3
+# Before each step that is timed, its contender takes others for so many seconds: the
+# one before it leaves threads spinning and memory to be freed.
+SETTLE = 0.05
 SIZES = (100_000, 400_000, 1_600_000, 6_400_000, 16_000_000, 64_000_000)
 TREES = {
     "transformer": _shapes.transformer(),
@@ -40,8 +46,9 @@ TREES = {
     "1000 of 1000": _shapes.many(),
 }
 MANY = "1000 of 1000"
+FIGURES = (".pdf", ".png", ".svg")
 # Distribution packages of the contenders that are measured where they are installed.
-OPTIONAL = {"torch": "torch", "flashoptim_jax": "flashoptim-jax"}
+OPTIONAL = ("torch", "flashoptim-jax")
 
 OPTIMIZERS = {
     REFERENCE: optax.adamax(LEARNING_RATE),
@@ -76,7 +83,7 @@ class JaxRun:
     def __init__(self, init: Callable[[Any], Any], step: Step, gradients: Tree):
         self._gradients = gradients
         self._params = jax.tree.map(jnp.ones_like, gradients)
-        self._state = jax.jit(init)(self._params)
+        self._state = init(self._params)
         jitted = jax.jit(step, donate_argnums=(0, 1))
         self._step = jitted.lower(self._params, self._state, gradients).compile()
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state))
@@ -102,7 +109,7 @@ class CopyRun:
 
     def __init__(self, gradients: Tree):
         size = sum(x.size for x in jax.tree.leaves(gradients))
-        self._array = jnp.ones(size)
+        self._array = jnp.ones(size, jnp.float32)
         self._negate = jax.jit(jnp.negative, donate_argnums=0)
         self.moved_bytes = 2 * self._array.nbytes
 
@@ -164,28 +171,56 @@ def _flash_run(gradients):
 def contenders(flattened: bool) -> dict[str, Callable[[Tree], Any]]:
     """What makes the run of each contender, given the gradients."""
     makers: dict[str, Callable[[Tree], Any]] = {"copy": CopyRun}
-    for name, optimizer in (OPTIMIZERS | (FLATTENED if flattened else {})).items():
+    optimizers = OPTIMIZERS | {AGAIN: OPTIMIZERS[REFERENCE]}
+    for name, optimizer in (optimizers | (FLATTENED if flattened else {})).items():
         makers[name] = functools.partial(JaxRun, optimizer.init, optax_step(optimizer))
-    if importlib.util.find_spec("torch"):
+    if "torch" in installed():
         makers["torch Adamax"] = TorchRun
-    if importlib.util.find_spec("flashoptim_jax"):
-        makers["flashoptim-jax Adam, 8 bits"] = _flash_run
+    if "flashoptim-jax" in installed():
+        # Its kernels are for GPUs.
+        fused = "fused" if jax.default_backend() == "gpu" else "not fused"
+        makers[f"flashoptim-jax Adam, 8 bits, {fused}"] = _flash_run
     return makers
+
+
+def installed() -> list[str]:
+    """The optional contenders' packages that are there."""
+    return [name for name in OPTIONAL if _is_installed(name)]
+
+
+def _is_installed(package):
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def make_runs(gradients: Tree, flattened: bool) -> dict[str, Any]:
+    """The contenders that this machine can run, and why not the others."""
+    runs = {}
+    for name, make in contenders(flattened).items():
+        try:
+            runs[name] = make(gradients)
+        except Exception as error:
+            if name in ("copy", REFERENCE):
+                raise
+            print(f"left out: {name}: {error}", file=sys.stderr)
+    return runs
 
 
 def take_turns(
     runs: Mapping[str, Callable[[], None]], rounds: int
 ) -> dict[str, list[float]]:
-    """The seconds of each run in each round, all runs once a round.
-
-    A round begins with another of them than the one before.
-    """
+    """The seconds of each run in each round, all runs once a round in random order."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
+    order = np.random.default_rng(0)
     for i in range(WARM_UP + rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter()
+        for name in order.permutation(list(runs)):
+            begin = start = time.perf_counter()
+            while start - begin < SETTLE:
+                runs[name]()
+                start = time.perf_counter()
             runs[name]()
             elapsed = time.perf_counter() - start
             if i >= WARM_UP:
@@ -220,6 +255,7 @@ class StepRow:
     ratio: Spread
     state_bytes_per_parameter: float
     moved_bytes_per_parameter: float
+    gigabytes_per_second: float
     # The time that moving these bytes takes at the bandwidth of the copy, by its time.
     share_of_bandwidth: float
     # Beyond the arguments and the results; None where that is not known.
@@ -231,7 +267,7 @@ def step_rows(
 ) -> list[StepRow]:
     """Times the compiled steps of all contenders on one tree."""
     gradients = gradients_for(shapes)
-    runs = {name: make(gradients) for name, make in contenders(len(shapes) > 1).items()}
+    runs = make_runs(gradients, flattened=len(shapes) > 1)
     seconds = take_turns(runs, rounds)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     bandwidth = [runs["copy"].moved_bytes / s for s in seconds["copy"]]
@@ -247,6 +283,9 @@ def step_rows(
             ),
             state_bytes_per_parameter=run.state_bytes / parameters,
             moved_bytes_per_parameter=run.moved_bytes / parameters,
+            gigabytes_per_second=statistics.median(
+                run.moved_bytes / s / 1e9 for s in seconds[name]
+            ),
             share_of_bandwidth=statistics.median(
                 run.moved_bytes / s / b
                 for s, b in zip(seconds[name], bandwidth, strict=True)
@@ -266,6 +305,7 @@ class CallRow:
     arrays: str
     what: str
     contender: str
+    rounds: int
     milliseconds: Spread
     ratio: Spread
 
@@ -276,6 +316,7 @@ def _call_rows(what, seconds):
             arrays=MANY,
             what=what,
             contender=name,
+            rounds=len(times),
             milliseconds=spread([1e3 * s for s in times]),
             ratio=spread(
                 [s / r for s, r in zip(times, seconds[REFERENCE], strict=True)]
@@ -303,18 +344,33 @@ def compile_rows(rounds: int) -> list[CallRow]:
     gradients = jax.eval_shape(lambda: gradients_for(TREES[MANY]))
     front: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
     back: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
-    for i in range(1 + rounds):
-        for name, optimizer in OPTIMIZERS.items():
-            state = jax.eval_shape(optimizer.init, gradients)
-            jax.clear_caches()
-            start = time.perf_counter()
-            lowered = jax.jit(optax_step(optimizer)).lower(gradients, state, gradients)
-            middle = time.perf_counter()
-            lowered.compile()
-            if i > 0:
-                front[name].append(middle - start)
-                back[name].append(time.perf_counter() - middle)
+    order = np.random.default_rng(0)
+    on_disk = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        for i in range(1 + rounds):
+            for name in order.permutation(list(OPTIMIZERS)):
+                seconds = _compile(OPTIMIZERS[name], gradients)
+                if i > 0:
+                    front[name].append(seconds[0])
+                    back[name].append(seconds[1])
+    finally:
+        jax.config.update("jax_enable_compilation_cache", on_disk)
     return _call_rows("trace and lower", front) + _call_rows("compile", back)
+
+
+def _compile(optimizer, gradients):
+    """The seconds of tracing and lowering, and those of compiling."""
+    state = jax.eval_shape(optimizer.init, gradients)
+    jax.clear_caches()
+    gc.collect()
+    start = time.perf_counter()
+    lowered = jax.jit(optax_step(optimizer)).lower(gradients, state, gradients)
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    del lowered, compiled
+    return middle - start, end - middle
 
 
 def markdown(rows: Sequence[StepRow | CallRow]) -> str:
@@ -324,26 +380,29 @@ def markdown(rows: Sequence[StepRow | CallRow]) -> str:
     tables = []
     if steps:
         lines = [
-            "| arrays | optimizer | ms | time / optax.adamax | of the copy's bandwidth "
-            "| state, bytes per parameter | temporary, bytes per parameter |",
-            "|---|---|---|---|---|---|---|",
+            "| arrays | optimizer | ms | time / optax.adamax "
+            "| bytes moved per parameter | GB/s | of the copy's "
+            "| state, bytes per parameter "
+            "| temporary, bytes per parameter |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in steps:
             temporary = row.temporary_bytes_per_parameter
             lines.append(
                 f"| {row.arrays} | {row.contender} | {_interval(row.milliseconds, 3)} "
-                f"| {_interval(row.ratio, 2)} | {row.share_of_bandwidth:.0%} "
+                f"| {_interval(row.ratio, 2)} | {row.moved_bytes_per_parameter:.1f} "
+                f"| {row.gigabytes_per_second:.1f} | {row.share_of_bandwidth:.0%} "
                 f"| {row.state_bytes_per_parameter:.2f} "
                 f"| {'' if temporary is None else f'{temporary:.2f}'} |"
             )
         tables.append(lines)
     if calls:
         lines = [
-            "| arrays | time of | optimizer | ms | time / optax.adamax |",
-            "|---|---|---|---|---|",
+            "| arrays | time of | optimizer | rounds | ms | time / optax.adamax |",
+            "|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {row.arrays} | {row.what} | {row.contender} "
+            f"| {row.arrays} | {row.what} | {row.contender} | {row.rounds} "
             f"| {_interval(row.milliseconds, 0)} | {_interval(row.ratio, 2)} |"
             for row in calls
         ]
@@ -357,10 +416,7 @@ def _interval(spread, digits):
 
 
 def _settings(options):
-    packages = ["adamax_jax", "jax", "jaxlib", "optax"]
-    packages += [
-        p for module, p in OPTIONAL.items() if importlib.util.find_spec(module)
-    ]
+    packages = ["adamax_jax", "jax", "jaxlib", "optax", *installed()]
     flags = f"XLA_FLAGS={os.environ['XLA_FLAGS']} " if "XLA_FLAGS" in os.environ else ""
     return {
         "environment": environment(),
@@ -379,8 +435,8 @@ def _caption(settings):
     versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     return (
         f"Medians of {settings['rounds']} rounds after {settings['warm_up_rounds']} of "
-        "warm-up (of a fourth as many of compiling), and from the tenth to the "
-        "ninetieth percentile; float32 parameters and gradients; "
+        "warm-up (of compiling, of fewer), and from the tenth to the ninetieth "
+        "percentile; float32 parameters and gradients; "
         f"{settings['environment']}, {settings['cores']} cores; {versions}; "
         f"{settings['command']}.\n"
     )
@@ -442,7 +498,7 @@ def add_parser(commands) -> None:
         help="measure what an update costs, beside other optimizers",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Measured where installed: " + ", ".join(OPTIONAL.values()) + ".",
+        epilog="Measured where installed: " + ", ".join(OPTIONAL) + ".",
     )
     parser.add_argument(
         "--max-size",
@@ -473,10 +529,16 @@ def measure(max_size: int, rounds: int) -> Iterator[list[StepRow] | list[CallRow
     for size in sizes:
         yield step_rows(f"one of {size:,}", {"array": (size,)}, rounds)
     for name, shapes in TREES.items():
-        if sum(math.prod(shape) for shape in shapes.values()) <= max_size:
+        if _largest(shapes) <= max_size:
             yield step_rows(name, shapes, rounds)
-    yield uncompiled_rows(rounds)
-    yield compile_rows(max(1, rounds // 4))
+    if _largest(TREES[MANY]) <= max_size:
+        yield uncompiled_rows(rounds)
+        # Of minutes, and far steadier.
+        yield compile_rows(max(1, rounds // 4))
+
+
+def _largest(shapes):
+    return max(math.prod(shape) for shape in shapes.values())
 
 
 def run(options: argparse.Namespace) -> int:
@@ -486,23 +548,27 @@ def run(options: argparse.Namespace) -> int:
     if trouble is not None:
         print(trouble, file=sys.stderr)
         return 1
+    if options.figure and options.figure.suffix not in FIGURES:
+        print(f"--figure must end in {' or '.join(FIGURES)}.", file=sys.stderr)
+        return 1
     settings = _settings(options)
     rows: list[StepRow | CallRow] = []
-    interrupted = False
     try:
         for more in measure(options.max_size, options.repetitions):
             rows += more
             _save(rows, settings, options)
             print(f"measured: {more[0].arrays}", file=sys.stderr)
     except KeyboardInterrupt:
-        interrupted = True
-    if rows:
-        _save(rows, settings, options)
-        print(f"\n{markdown(rows)}\n{_caption(settings)}", end="")
-        for path in (options.json, options.figure):
-            if path is not None:
-                print(f"Saved: {path.resolve()}")
-    return 130 if interrupted else 0
+        return 130
+    finally:
+        # What was measured is shown, also after an error.
+        if rows:
+            _save(rows, settings, options)
+            print(f"\n{markdown(rows)}\n{_caption(settings)}", end="")
+            for path in (options.json, options.figure):
+                if path is not None:
+                    print(f"Saved: {path.resolve()}")
+    return 0
 
 
 def _save(rows, settings, options):

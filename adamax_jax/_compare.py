@@ -288,6 +288,7 @@ def _settings(tasks: Iterable[str], options: argparse.Namespace) -> dict[str, An
             name: {
                 "metrics": ALL_TASKS[name].metrics,
                 "schedule": "cosine" if ALL_TASKS[name].cosine else "constant",
+                "warm_up": ALL_TASKS[name].warm_up,
                 "steps": options.steps or ALL_TASKS[name].steps,
                 "batch": ALL_TASKS[name].batch,
             }
@@ -299,7 +300,8 @@ def _settings(tasks: Iterable[str], options: argparse.Namespace) -> dict[str, An
 def _caption(settings: dict[str, Any]) -> str:
     """The line under the tables."""
     trained = ", ".join(
-        f"{name} {task['steps']} ({task['schedule']})"
+        f"{name} {task['steps']} ({task['schedule']}"
+        + (f", {task['warm_up']:.0%} warm-up)" if task["warm_up"] else ")")
         for name, task in settings["tasks"].items()
     )
     return (

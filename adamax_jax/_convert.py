@@ -158,13 +158,16 @@ def store_like(
         stored_u = jax.tree.map(
             lambda u, like: _storage.encode_u(u, one, like.dtype), u, like.u
         )
-    elif dtypes(state.m) == dtypes(like.m) and _sizes(state.u) == _sizes(like.u):
+    elif dtypes(state.m) == dtypes(like.m) and _shapes(state.u) == _shapes(like.u):
         return state
     next_u = jax.tree.map(
         lambda stored: _storage.decode_u(stored, array_in(u_scale)), stored_u
     )
 
     def encode_m(m, u, next_u, like):
+        if not _storage.is_ratio(like.dtype):
+            # As in an update: m shrinks with a u that is too large to be stored.
+            m = m * _storage.kept_share(u, next_u).astype(m.real.dtype).astype(m.dtype)
         if jnp.iscomplexobj(m):
             return m.astype(like.dtype)
         wide = max((m.dtype, u.dtype, next_u.dtype), key=lambda dtype: dtype.itemsize)
@@ -184,8 +187,8 @@ def _share_like(u, like):
     return jnp.broadcast_to(maximum(u, axes), like.shape)
 
 
-def _sizes(tree):
-    return [leaf.size for leaf in jax.tree.leaves(tree)]
+def _shapes(tree):
+    return [leaf.shape for leaf in jax.tree.leaves(tree)]
 
 
 def dtypes(tree: Any) -> list[Any]:

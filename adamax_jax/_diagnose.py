@@ -78,6 +78,10 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       its dtype, unseen ones aside. Should be 0: else take a wider ``u_dtype``, or scale
       the loss.
 
+    Where a u is shared along axes, it is that of the slice's largest gradients: a
+    coordinate far below them has a small ``rms`` and counts as ``stale``, and as unseen
+    only if all of its slice is.
+
     NaN in a state of floats makes ``rms``, ``max`` and ``decades`` NaN; int8 and uint8
     have none.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from adamax_jax._checks import name_of
 from adamax_jax._convert import (
@@ -25,8 +26,10 @@ def from_optax(state: optax.OptState) -> optax.OptState:
     """The state of a running ``optax.adamax``, to be continued here.
 
     Every ``optax.ScaleByAdamState`` in the state becomes a :class:`ScaleByAdamaxState`
-    with m = mu and u = nu in their dtypes (u real). Optax's Adam has a state of the
-    same type: whether the optimizer was an AdaMax, only the caller knows.
+    with m = mu and u = nu in their dtypes (u real) and shapes: for an optimizer with
+    ``shared_axes`` or another storage, put it in with :func:`insert_state`. Optax's
+    Adam has a state of the same type: whether the optimizer was an AdaMax, only the
+    caller knows.
 
     Args:
       state: An ``optax.ScaleByAdamState``, or an optimizer's state with some in it;
@@ -174,8 +177,8 @@ def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.O
     ``optax.inject_hyperparams`` go on from the count, too. All else stays new.
 
     Where the new optimizer shares u along axes and the old one did not, u becomes its
-    maximum along them, which is what it would have been. The other way round it is
-    repeated.
+    maximum along them, which is what it would have been. Along axes that only the old
+    one shared it is repeated.
 
     (``optax.tree.set`` would leave m and u as they are inside
     ``optax.inject_hyperparams``, without a word.)
@@ -271,8 +274,9 @@ def _is_masked(leaf):
 
 
 def _place(new, old):
-    """A copy that lies where the old array lies."""
-    return jax.device_put(jnp.array(new), old.sharding)
+    """A copy that lies where the old array lies; inside of jax.jit, anywhere."""
+    copy = jnp.array(new)
+    return copy if isinstance(old, Tracer) else jax.device_put(copy, old.sharding)
 
 
 def _set_counts(tree, count):

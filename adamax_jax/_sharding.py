@@ -31,8 +31,9 @@ def zero_shardings(
     (the shape is the same, and the paths in the two trees end alike) is divided over
     ``mesh`` as the parameter is and over ``axis`` in addition, unless it is already
     (FSDP). The axis goes to the first dimension that it divides, preferably one that is
-    not divided yet. An array of another shape than its parameter, as in Adafactor, is
-    divided over ``axis`` alone, and a single number is replicated.
+    not divided yet. An array that differs only in axes of size 1, as AdaMax's shared u,
+    is divided as that one is along the others. An array of another shape, as in
+    Adafactor, is divided over ``axis`` alone, and a single number is replicated.
 
     Give them to ``jax.jit`` twice: for ``init``, so that the state is never whole on
     one device, and for the training step, without which the compiler may choose to
@@ -94,13 +95,14 @@ def zero_shardings(
     undivided = []
 
     def shard(path, leaf):
-        ends = ((path[start:], leaf.shape) for start in range(len(path) + 1))
-        spec = next((own[end] for end in ends if end in own), PartitionSpec())
-        spread = _spread(leaf.shape, spec, mesh, axis)
+        shape, spec = _parameter_of(path, leaf.shape, own)
+        spread = _spread(shape, spec, mesh, axis)
         if spread is None:
             if leaf.size > 1:
                 undivided.append((path, leaf))
             spread = spec
+        if leaf.shape != shape:
+            spread = _without_shared(spread, shape, leaf.shape)
         return NamedSharding(mesh, spread)
 
     state = jax.eval_shape(optimizer.init, params)
@@ -122,6 +124,32 @@ def _specs_by_end(params, mesh):
         for start in range(max(1, len(path))):
             specs.setdefault((path[start:], jnp.shape(leaf)), spec)
     return specs
+
+
+def _parameter_of(path, shape, own):
+    """The shape and the spec of the parameter that an array of the state belongs to."""
+    ends = [path[start:] for start in range(len(path) + 1)]
+    for end in ends:
+        if (end, shape) in own:
+            return shape, own[end, shape]
+    for (end, other), spec in own.items():
+        if end in ends and _is_shared(shape, other):
+            return other, spec
+    return shape, PartitionSpec()
+
+
+def _is_shared(shape, other):
+    """Whether an array of one shape is one of the other, shared along some axes."""
+    return len(shape) == len(other) > 1 and all(
+        kept in (1, size) for kept, size in zip(shape, other, strict=True)
+    )
+
+
+def _without_shared(spec, shape, shared):
+    """The spec of an array that has size 1 where one of another shape has not."""
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    sizes = zip(entries, shape, shared, strict=True)
+    return PartitionSpec(*(e if size == kept else None for e, size, kept in sizes))
 
 
 def _own_spec(path, leaf, mesh):

@@ -54,12 +54,19 @@ class Task(NamedTuple):
     cosine: bool
     steps: int
     batch: int
+    # The steps in which the learning rate rises from 0, as a share of all.
+    warm_up: float = 0.0
 
     def schedule(self, learning_rate: Any, steps: int) -> Any:
         """The learning rate during a training of so many steps that begins with one."""
         if not self.cosine:
             return learning_rate
-        return optax.cosine_decay_schedule(learning_rate, steps)
+        rise = round(self.warm_up * steps)
+        fall = optax.cosine_decay_schedule(learning_rate, steps - rise)
+        if not rise:
+            return fall
+        rising = optax.linear_schedule(0.0, learning_rate, rise)
+        return optax.join_schedules([rising, fall], [rise])
 
 
 def _functional(make_model):
@@ -338,11 +345,12 @@ TASKS = {
     ),
 }
 
-# The last of them twice as wide, and trained three times as long. The learning rates are
-# where the search for the best begins.
+# The last of them wider and trained longer, with warm-up. A search for the best begins
+# with their learning rate.
+_warm = TASKS["transformer"]._replace(warm_up=0.1)
 LARGER = {
-    "transformer, wide": TASKS["transformer"]._replace(
-        make=functools.partial(_transformer, width=128)
+    "transformer, wide": _warm._replace(
+        make=functools.partial(_transformer, width=96), steps=1200
     ),
-    "transformer, long": TASKS["transformer"]._replace(steps=2400),
+    "transformer, long": _warm._replace(steps=2400),
 }

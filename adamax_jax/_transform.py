@@ -108,19 +108,22 @@ def scale_by_adamax(
       u_t \leftarrow \max(\beta_2 u_{t-1}, \max_{j \in S} |g_{t,j}| + \varepsilon),
 
     and being a maximum of maxima, it is the largest of the slice's element-wise u, to
-    the bit. So no step is longer than the element-wise one, and the bound above holds.
-    It keeps size 1 along these axes, and where it is left, 4 bytes for each row of a
-    matrix are little: with m in int8 the state has one byte per parameter. The update
-    reads from the shapes of the state alone which axes are shared. Where parameters are
-    divided along a shared axis, the maximum is all that devices exchange; in
-    ``jax.shard_map`` each would take the maximum over its own part, so divide along
-    other axes there.
+    the bit. So, but for the rounding of m, no step is longer than the element-wise one,
+    and the bound above holds. It keeps size 1 along these axes, and where it is left, 4
+    bytes for each row of a matrix are little: with m in int8 the state has one byte per
+    parameter. (float8 is too coarse there for the means of coordinates far below the
+    slice's largest.) The update reads from the shapes of the state alone which axes are
+    shared; ``optax.flatten`` leaves none. Where parameters are divided along a shared
+    axis, the maximum is all that devices exchange; in ``jax.shard_map`` each would take
+    the maximum over its own part, and Flax's partitioning metadata, which u inherits,
+    cannot be met by its size of 1: divide along other axes there.
 
     **Not-a-number and infinity** are carried by the update in every storage. The state
     keeps them in floats, so that the coordinate stays NaN; in uint8 u becomes the
     largest code and in int8 m becomes 0, which all but stops the coordinate for some
-    ten thousand steps. To leave the state untouched by such a gradient, wrap the
-    optimizer in ``optax.apply_if_finite``.
+    ten thousand steps. A shared u hands that on to its whole slice (a NaN not always
+    across devices, whose exchange may drop it). To leave the state untouched by such a
+    gradient, wrap the optimizer in ``optax.apply_if_finite``.
 
     Args:
       b1: Decay rate of the mean of the gradients, in [0, 1).
@@ -148,7 +151,8 @@ def scale_by_adamax(
       shared_axes: Along which axes u is shared: None for none, an integer or a tuple of
         them (negative ones count from the last), or a function of the parameter's path
         (as of ``jax.tree_util.tree_map_with_path``) and the parameter that returns one
-        of these. Parameters with fewer than two axes stay element-wise.
+        of these. Parameters with fewer than two axes stay element-wise. With
+        ``optax.inject_hyperparams`` pass that ``static_args="shared_axes"``.
 
     ``b1``, ``b2`` and ``eps`` may be traced scalars, for instance those of
     ``optax.inject_hyperparams`` (with half-precision parameters pass that

@@ -50,8 +50,17 @@ def test_storage_example():
     assert names["m"].dtype == names["u"].dtype == jnp.float32
 
 
-def test_devices_example():
+def test_one_byte_example(capsys):
     names = run(EXAMPLES[3])
+    assert names["state"][0].u["kernel"].shape == (256, 1)
+    adam = jax.tree.leaves(optax.adam(1e-2).init(names["params"]))
+    stated = re.search(r"# (\d+); Adam's has (\d+)", EXAMPLES[3]).groups()
+    assert capsys.readouterr().out.split() == [stated[0]]
+    assert sum(x.nbytes for x in adam) == int(stated[1])
+
+
+def test_devices_example():
+    names = run(EXAMPLES[4])
     # Ten steps downhill, each of at most the learning rate.
     kernel = names["params"]["kernel"]
     assert jnp.all((kernel > 0.89) & (kernel < 0.98))
@@ -59,7 +68,7 @@ def test_devices_example():
 
 
 def test_diagnosis_example(capsys):
-    run(EXAMPLES[4])
+    run(EXAMPLES[5])
     table = re.search(r"print\(diagnose.*?^```\n\n```\n(.*?)^```", README, FLAGS)[1]
     assert capsys.readouterr().out == table
 
@@ -69,7 +78,7 @@ def test_torch_example():
     recorded = peers.torch_model()
     weights = {name: steps[0] for name, steps in recorded.params.items()}
     names = run(
-        EXAMPLES[5],
+        EXAMPLES[6],
         to_jax=lambda weights: {k: jnp.asarray(v.T) for k, v in weights.items()},
         torch_model=SimpleNamespace(
             state_dict=lambda: weights, named_parameters=weights.items

@@ -192,6 +192,8 @@ def test_a_function_chooses_for_each_parameter():
         (True, TypeError, "got True"),
         (1.0, TypeError, "got 1.0"),
         ("rows", TypeError, "got 'rows'"),
+        ("", TypeError, "got ''"),
+        (b"1", TypeError, "got b'1'"),
         ((0, "rows"), TypeError, "got"),
     ],
 )
@@ -269,6 +271,35 @@ def test_derivatives_through_the_update_are_finite():
 
     for g in (jnp.zeros([2, 3]), jnp.ones([2, 3]), jnp.array([[1.0, 0.0, -2.0]])):
         assert np.isfinite(jax.grad(length)(g)).all()
+
+
+def test_insert_state_goes_from_rows_to_columns():
+    rows, columns = adamax(shared_axes=-1), adamax(shared_axes=0)
+    for shape in ((4, 4), (2, 0), (4, 4, 2)):
+        old, new = rows.init(jnp.ones(shape)), columns.init(jnp.ones(shape))
+        assert insert_state(new, old)[0].u.shape == new[0].u.shape
+        plain = adamax().init(jnp.ones(shape))
+        assert insert_state(plain, new)[0].u.shape == shape
+        assert insert_state(new, plain)[0].u.shape == new[0].u.shape
+
+
+def test_insert_state_of_an_ensemble():
+    g = jnp.ones([3, 4, 6])
+    rows, element_wise = adamax(shared_axes=-1), adamax()
+    _, old = jax.vmap(element_wise.update)(g, jax.vmap(element_wise.init)(g))
+    new = jax.vmap(insert_state)(jax.vmap(rows.init)(g), old)
+    assert new[0].u.shape == (3, 4, 1)
+    np.testing.assert_array_equal(new[0].count, [1, 1, 1])
+
+
+def test_a_state_of_another_shape_is_refused():
+    optimizer = scale_by_adamax()
+    state = optimizer.init(jnp.ones([3, 4]))
+    for shape in ((2, 4), (3,), (3, 4, 1)):
+        with pytest.raises(
+            ValueError, match=r"u of shape .* beside m of shape \(3, 4\)"
+        ):
+            optimizer.update(jnp.ones([3, 4]), state._replace(u=jnp.ones(shape)))
 
 
 def test_a_run_goes_on_with_a_shared_u_as_if_it_always_had_been():
@@ -392,23 +423,43 @@ COLLECTIVES = (
 
 
 def check_zero_divides_it_too():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    replicated = NamedSharding(mesh, P())
-    params = jax.device_put(jnp.ones([16, 24]), replicated)
-    optimizer = adamax(0.1, m_dtype="int8", shared_axes=-1)
+    """As m is, along the axes that are not shared: only the maximum is exchanged."""
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+        for axes in (-1, 0, (0, 1)):
+            for spec in (P(), P("model", None), P(None, "model")):
+                with jax.set_mesh(mesh):
+                    check_zero(mesh, spec, axes)
+
+
+def check_zero(mesh, spec, axes):
+    own = NamedSharding(mesh, spec)
+    params = jax.device_put(jnp.ones([16, 24]), own)
+    optimizer = adamax(0.1, m_dtype="int8", shared_axes=axes)
     shardings = zero_shardings(optimizer, params, mesh, "data")
-    assert shardings[0].m.spec == P("data", None)
-    assert shardings[0].u.spec == P("data", None)
-    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    step = jax.jit(optimizer.update, out_shardings=(replicated, shardings))
-    plain, spread = optimizer.init(params), state
-    for g in gradients(5, (16, 24)):
+    m_spec, u_spec = shardings[0].m.spec, shardings[0].u.spec
+    shape = jax.eval_shape(optimizer.init, params)[0].u.shape
+    # Together over the whole mesh, or over "data" alone.
+    assert "data" in jax.tree.leaves(tuple(m_spec))
+    assert tuple(u_spec) == tuple(
+        None if size == 1 else entry for entry, size in zip(m_spec, shape, strict=True)
+    )
+    spread = jax.jit(optimizer.init, out_shardings=shardings)(params)
+
+    # Gradients as a reduce-scatter leaves them.
+    divided = [jax.device_put(g, shardings[0].m) for g in gradients(5, (16, 24))]
+    step = jax.jit(optimizer.update, out_shardings=(shardings[0].m, shardings))
+    plain = optimizer.init(jnp.ones([16, 24]))
+    for g, now in zip(gradients(5, (16, 24)), divided, strict=True):
         expected, plain = jax.jit(optimizer.update)(g, plain)
-        updates, spread = step(jax.device_put(g, replicated), spread)
+        updates, spread = step(now, spread)
         np.testing.assert_array_equal(updates, expected)
     jax.tree.map(
         np.testing.assert_array_equal, jax.device_get(spread), jax.device_get(plain)
     )
+    compiled = step.lower(divided[0], spread).compile().as_text()
+    found = {name for name in COLLECTIVES if f" {name}(" in compiled}
+    assert found <= {"all-reduce"}, (found, spec, axes)
 
 
 CHECKS = eight_devices.named(

@@ -513,3 +513,18 @@ def test_temporary_memory_is_no_more_than_optax_takes(storage):
     with jax.numpy_dtype_promotion("standard"):
         allowed = temporary(optax.scale_by_adamax())
     assert temporary(scale_by_adamax(**storage)) <= allowed + 1000
+
+
+@pytest.mark.parametrize("u_dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+def test_a_conversion_keeps_the_bound_of_steps(u_dtype, dtype):
+    """Where u is too large to be stored, m is cut down with it, as by an update."""
+    g = jnp.full(3, 1e6, dtype)
+    optimizer = scale_by_adamax()
+    state = optimizer.init(g)
+    for _ in range(50):
+        _, state = optimizer.update(g, state)
+    narrow = convert_state(state, u_dtype=u_dtype)
+    update, _ = scale_by_adamax(u_dtype=u_dtype).update(0 * g, narrow)
+    assert np.all(np.abs(update) <= 1.15)
+    assert np.all(np.abs(update) > 0.1)
