@@ -12,8 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,14 +20,8 @@ import numpy as np
 import optax
 
 from adamax_jax._alias import adamax
-from adamax_jax._cli import (
-    add_training_options,
-    environment,
-    obstacle,
-    train_all,
-    write_json,
-)
-from adamax_jax._study import Estimate, digits_to_show, estimate, with_curve
+from adamax_jax._cli import add_training_options, obstacle, train_all
+from adamax_jax._results import Estimate, digits_to_show, estimate, save, settings_of
 from adamax_jax._tasks import LARGER, TASKS
 from adamax_jax._trainer import Trainer
 
@@ -276,27 +269,6 @@ def _show(mean, spread, digits, sign):
     return shown if math.isnan(spread) else f"{shown} ± {spread:.{digits}f}"
 
 
-def _settings(tasks: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "environment": environment(),
-        "versions": {
-            package: version(package)
-            for package in ("adamax_jax", "jax", "optax", "flax", "scikit-learn")
-        },
-        "seeds": options.seeds,
-        "tasks": {
-            name: {
-                "metrics": ALL_TASKS[name].metrics,
-                "schedule": "cosine" if ALL_TASKS[name].cosine else "constant",
-                "warm_up": ALL_TASKS[name].warm_up,
-                "steps": options.steps or ALL_TASKS[name].steps,
-                "batch": ALL_TASKS[name].batch,
-            }
-            for name in tasks
-        },
-    }
-
-
 def _caption(settings: dict[str, Any]) -> str:
     """The line under the tables."""
     trained = ", ".join(
@@ -350,15 +322,8 @@ def run(options: argparse.Namespace) -> int:
 def _save(trials: Sequence[Trial], options: argparse.Namespace) -> str:
     """Writes the files; returns the tables and their caption."""
     rows = summarize(trials)
-    settings = _settings(dict.fromkeys(trial.task for trial in trials), options)
+    tasks = {trial.task: ALL_TASKS[trial.task] for trial in trials}
+    settings = settings_of(tasks, options)
     text = f"{markdown(rows)}\n{_caption(settings)}"
-    if options.markdown is not None:
-        options.markdown.write_text(text, encoding="utf-8")
-    if options.json is not None:
-        table = [asdict(row) for row in rows]
-        results = settings | {
-            "table": table,
-            "runs": [with_curve(trial) for trial in trials],
-        }
-        write_json(options.json, results)
+    save(text, settings, rows, trials, options)
     return text

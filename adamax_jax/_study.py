@@ -10,12 +10,10 @@ alone: its row tells how far that goes. The learning rates were chosen on float3
 import argparse
 import functools
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -23,19 +21,13 @@ import numpy as np
 import optax
 
 from adamax_jax._alias import adamax
-from adamax_jax._cli import (
-    add_training_options,
-    environment,
-    obstacle,
-    train_all,
-    write_json,
-)
+from adamax_jax._cli import add_training_options, obstacle, train_all
+from adamax_jax._results import Estimate, digits_to_show, estimate, save, settings_of
 from adamax_jax._tasks import TASKS
 from adamax_jax._trainer import Trainer
 
 # What the other storages are compared to.
 REFERENCE = "float32"
-CURVE_POINTS = 200
 
 # From a learning rate to an optimizer. The parameters are float32 in all of them.
 VARIANTS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
@@ -93,27 +85,6 @@ def study(
                     seconds=time.perf_counter() - start,
                     losses=np.asarray(losses),
                 )
-
-
-@dataclass
-class Estimate:
-    """A mean, the standard deviation, and half the 95 % interval of the mean."""
-
-    mean: float
-    deviation: float
-    margin: float
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Student's t; one value has no deviation and no interval (NaN)."""
-    from scipy import stats
-
-    n = len(values)
-    if n < 2:
-        return Estimate(float(np.mean(values)), math.nan, math.nan)
-    deviation = float(np.std(values, ddof=1))
-    margin = float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-    return Estimate(float(np.mean(values)), deviation, margin)
 
 
 @dataclass
@@ -187,38 +158,6 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def digits_to_show(values: Iterable[Estimate]) -> int:
-    """As many decimals as show two digits of the typical deviation.
-
-    One table column has one format; a training that diverged does not set it.
-    """
-    scales = [value.deviation for value in values if 0 < value.deviation < math.inf]
-    if not scales:
-        return 4
-    return min(8, max(1, 1 - math.floor(math.log10(statistics.median_low(scales)))))
-
-
-def _settings(tasks: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "environment": environment(),
-        "versions": {
-            package: version(package)
-            for package in ("adamax_jax", "jax", "optax", "flax", "scikit-learn")
-        },
-        "seeds": options.seeds,
-        "tasks": {
-            name: {
-                "metrics": TASKS[name].metrics,
-                "learning_rate": TASKS[name].learning_rate,
-                "schedule": "cosine" if TASKS[name].cosine else "constant",
-                "steps": options.steps or TASKS[name].steps,
-                "batch": TASKS[name].batch,
-            }
-            for name in tasks
-        },
-    }
-
-
 def _caption(settings: dict[str, Any]) -> str:
     """The line under the table."""
     trained = ", ".join(
@@ -267,22 +206,7 @@ def run(options: argparse.Namespace) -> int:
 def _save(runs: Sequence[Run], options: argparse.Namespace) -> str:
     """Writes the files; returns the table and its caption."""
     rows = summarize(runs)
-    settings = _settings(dict.fromkeys(run.task for run in runs), options)
+    settings = settings_of({run.task: TASKS[run.task] for run in runs}, options)
     text = f"{markdown(rows)}\n{_caption(settings)}"
-    if options.markdown is not None:
-        options.markdown.write_text(text, encoding="utf-8")
-    if options.json is not None:
-        table = [asdict(row) for row in rows]
-        results = settings | {"table": table, "runs": [with_curve(run) for run in runs]}
-        write_json(options.json, results)
+    save(text, settings, rows, runs, options)
     return text
-
-
-def with_curve(run: Any) -> dict[str, Any]:
-    """A run for JSON, its losses few: means over ``curve_every`` steps each."""
-    result = asdict(run)
-    losses = result.pop("losses")
-    every = math.ceil(len(losses) / CURVE_POINTS)
-    parts = np.split(losses, range(every, len(losses), every))
-    curve = [float(f"{part.mean():.5g}") for part in parts]
-    return result | {"curve_every": every, "curve": curve}

@@ -11,7 +11,7 @@ import pytest
 
 from adamax_jax import _compare
 from adamax_jax.__main__ import main
-from adamax_jax._study import digits_to_show
+from adamax_jax._results import digits_to_show
 
 
 def searched(cost, first=0):

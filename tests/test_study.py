@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from adamax_jax import _study
+from adamax_jax import _results, _study
 from adamax_jax._tasks import TASKS
 from adamax_jax._trainer import Trainer, order_of
 
@@ -76,11 +76,11 @@ def run_of(variant, seed, metric, task="flow"):
 
 def test_estimate_is_the_interval_of_the_textbook():
     # Mean 3, deviation sqrt(10 / 4), t of 4 degrees of freedom 2.776.
-    estimate = _study.estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    estimate = _results.estimate([1.0, 2.0, 3.0, 4.0, 5.0])
     assert estimate.mean == 3
     assert estimate.deviation == pytest.approx(math.sqrt(2.5))
     assert estimate.margin == pytest.approx(2.776 * math.sqrt(0.5), rel=1e-3)
-    one = _study.estimate([1.0])
+    one = _results.estimate([1.0])
     assert one.mean == 1
     assert math.isnan(one.deviation)
     assert math.isnan(one.margin)
@@ -114,7 +114,7 @@ def test_a_training_that_diverged_is_shown():
 def test_curves_are_short():
     run = run_of("float32", 0, 1.0)
     run.losses = np.arange(450.0)
-    result = _study.with_curve(run)
+    result = _results.with_curve(run)
     assert result["curve_every"] == 3
     assert len(result["curve"]) == 150
     assert result["curve"][:2] == [1.0, 4.0]
