@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adamax_jax._axes import SharedAxes
 from adamax_jax._checks import check_finite, check_shapes
+from adamax_jax._lp import scale_by_lp_adam
 from adamax_jax._transform import scale_by_adamax
 
 
@@ -178,6 +179,132 @@ def adamaxw(
     )
 
 
+def lp_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    p: ArrayLike,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    nesterov: bool = False,
+    eps_inside: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with the L^p norm in place of the root mean square.
+
+    .. math::
+
+      \theta_t \leftarrow \theta_{t-1} - \alpha_t \frac{m_t / (1 - \beta_1^t)}
+        {u_t / (1 - \beta_2^{pt})^{1/p} + \varepsilon}
+
+    with :math:`m_t` and :math:`u_t` as in :func:`scale_by_lp_adam`: Adam at p = 2 (with
+    the square root of its ``b2``), AdaMax at p = infinity, and stable between them.
+
+    Args:
+      learning_rate: A number, a scalar array, or a schedule from the count of updates,
+        starting at 0.
+      p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
+      b1: See :func:`scale_by_lp_adam`, also for the following arguments.
+      b2: Decay rate of the norm of the gradients.
+      eps: Floor of the denominator.
+      nesterov: Whether to look one step ahead in the mean.
+      eps_inside: Whether ``eps`` is added to the gradient's modulus.
+
+    Returns:
+      An optimizer whose updates are to be added to the parameters
+      (``optax.apply_updates``), in the gradients' dtypes. Its state is a tuple whose
+      first item is a :class:`ScaleByLpAdamState`.
+
+    Raises:
+      ValueError, TypeError: As :func:`scale_by_lp_adam`.
+
+    Examples:
+      From Adam to AdaMax in the course of training:
+
+      >>> import jax.numpy as jnp, optax
+      >>> from adamax_jax import lp_adam
+      >>> optimizer = optax.inject_hyperparams(lp_adam)(
+      ...     learning_rate=0.1, p=lambda count: 2.0 + count.astype(float)
+      ... )
+      >>> x = jnp.array([1.0, -2.0])
+      >>> state = optimizer.init(x)
+      >>> for _ in range(3):
+      ...     updates, state = optimizer.update(2 * x, state, x)
+      ...     x = optax.apply_updates(x, updates)
+      >>> float(state.hyperparams["p"])
+      4.0
+
+    References:
+      Daley and Amato, `Investigating Alternatives to the Root Mean Square for Adaptive
+      Gradient Methods <https://arxiv.org/abs/2106.05449>`_, 2021.
+    """
+    return optax.chain(
+        scale_by_lp_adam(p, b1, b2, eps, nesterov=nesterov, eps_inside=eps_inside),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
+def lp_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    p: ArrayLike,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    eps_inside: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with the L^p norm and decoupled weight decay.
+
+    .. math::
+
+      \theta_t \leftarrow \theta_{t-1} - \alpha_t \left(
+        \frac{m_t / (1 - \beta_1^t)}{u_t / (1 - \beta_2^{pt})^{1/p} + \varepsilon}
+        + \lambda_t\, \theta_{t-1} \right)
+
+    with :math:`m_t` and :math:`u_t` as in :func:`scale_by_lp_adam` and
+    :math:`\lambda_t` the ``weight_decay``, which never enters them.
+
+    Args:
+      learning_rate: As in :func:`lp_adam`; it multiplies the weight decay as well.
+      p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
+      b1: See :func:`scale_by_lp_adam`, also for the following arguments.
+      b2: Decay rate of the norm of the gradients.
+      eps: Floor of the denominator.
+      weight_decay: As in :func:`adamaxw`.
+      mask: Which parameters decay, as in :func:`adamaxw`.
+      nesterov: Whether to look one step ahead in the mean.
+      eps_inside: Whether ``eps`` is added to the gradient's modulus.
+
+    Returns:
+      An optimizer as :func:`lp_adam` returns; its ``update`` needs the parameters.
+
+    Raises:
+      ValueError, TypeError: As :func:`scale_by_lp_adam`; ValueError also by ``update``
+        without parameters, or with parameters of another shape than the gradients.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from adamax_jax import lp_adamw
+      >>> params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
+      >>> decayed = {"kernel": True, "bias": False}
+      >>> optimizer = lp_adamw(0.1, p=3, weight_decay=0.5, mask=decayed)
+      >>> no_gradient = {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}
+      >>> updates, _ = optimizer.update(no_gradient, optimizer.init(params), params)
+      >>> float(updates["kernel"][0]), float(updates["bias"][0]) + 0.0
+      (-0.10000000149011612, 0.0)
+
+    References:
+      As of :func:`adamaxw` and :func:`lp_adam`.
+    """
+    return optax.chain(
+        scale_by_lp_adam(p, b1, b2, eps, nesterov=nesterov, eps_inside=eps_inside),
+        _add_decayed_weights(weight_decay, mask),
+        _scale_by_learning_rate(learning_rate),
+    )
+
+
 def _scale_by_learning_rate(learning_rate):
     """Multiplies by the learning rate and turns the update downhill."""
     return _scale("learning_rate", learning_rate, sign=-1)
@@ -194,7 +321,7 @@ def _add_decayed_weights(weight_decay, mask):
     def update_fn(updates, state, params=None):
         if params is None:
             raise ValueError(
-                "adamaxw needs the parameters to decay them: call "
+                "Weight decay needs the parameters: call "
                 "update(gradients, state, params)."
             )
         check_shapes(updates, params)

@@ -31,6 +31,12 @@ def check_decay(name: str, value: Any) -> Any:
     return _check_scalar(name, value, "in [0, 1)", lambda x: 0 <= x < 1)
 
 
+def check_order(name: str, value: Any) -> Any:
+    """Returns the order of a norm, refusing a number below 1."""
+    _check_precision(name, value)
+    return _check_scalar(name, value, "at least 1, or infinity", lambda x: x >= 1)
+
+
 def check_eps(name: str, value: Any) -> Any:
     """Returns a floor of the denominator, refusing a negative or infinite number."""
     _check_precision(name, value)

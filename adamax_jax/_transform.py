@@ -196,7 +196,7 @@ def scale_by_adamax(
     u_dtype = check_dtype("u_dtype", u_dtype, integer="uint8")
     check_ratio(b1, b2, m_dtype)
     shared_axes = check_shared_axes(shared_axes)
-    rule = _Rule(nesterov, eps_inside, _is_surely_positive(eps))
+    rule = _Rule(nesterov, eps_inside, is_surely_positive(eps))
 
     def init_fn(params):
         check_params(params, m_dtype)
@@ -226,8 +226,8 @@ def scale_by_adamax(
         coefficients = _Coefficients(
             b1=b1,
             one_minus_b1=1 - b1,
-            correction=1 / _one_minus_power(b1, t),
-            next_correction=1 / _one_minus_power(b1, t + 1),
+            correction=1 / one_minus_power(b1, t),
+            next_correction=1 / one_minus_power(b1, t + 1),
             b2=b2,
             eps=eps,
             u_scale=state.u_scale,
@@ -350,12 +350,12 @@ def _adamax(g, norm, m, u, c, rule):
     return step, m, u
 
 
-def _is_surely_positive(eps):
+def is_surely_positive(eps):
     """Whether eps is known and above 0, also where subnormal numbers count as 0."""
     return isinstance(eps, float) and eps >= float(jnp.finfo(jnp.float32).tiny)
 
 
-def _one_minus_power(b, t):
+def one_minus_power(b, t):
     """1 - b^t, exact to rounding also for b close to 1: -expm1(t log b)."""
     if isinstance(b, float):
         return -jnp.expm1(t * math.log(b)) if b > 0 else jnp.ones_like(t)

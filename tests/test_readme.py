@@ -59,8 +59,18 @@ def test_one_byte_example(capsys):
     assert sum(x.nbytes for x in adam) == int(stated[1])
 
 
+def test_family_example():
+    # Optax's schedule mixes integers and floats.
+    with jax.numpy_dtype_promotion("standard"):
+        optimizer = run(EXAMPLES[4])["optimizer"]
+        state = optimizer.init(jnp.ones(3))
+        updates, state = optimizer.update(jnp.ones(3), state)
+    assert updates.tolist() == pytest.approx([-3e-3] * 3, rel=1e-5)
+    assert state.hyperparams["p"] == 2
+
+
 def test_devices_example():
-    names = run(EXAMPLES[4])
+    names = run(EXAMPLES[5])
     # Ten steps downhill, each of at most the learning rate.
     kernel = names["params"]["kernel"]
     assert jnp.all((kernel > 0.89) & (kernel < 0.98))
@@ -68,7 +78,7 @@ def test_devices_example():
 
 
 def test_diagnosis_example(capsys):
-    run(EXAMPLES[5])
+    run(EXAMPLES[6])
     table = re.search(r"print\(diagnose.*?^```\n\n```\n(.*?)^```", README, FLAGS)[1]
     assert capsys.readouterr().out == table
 
@@ -78,7 +88,7 @@ def test_torch_example():
     recorded = peers.torch_model()
     weights = {name: steps[0] for name, steps in recorded.params.items()}
     names = run(
-        EXAMPLES[6],
+        EXAMPLES[7],
         to_jax=lambda weights: {k: jnp.asarray(v.T) for k, v in weights.items()},
         torch_model=SimpleNamespace(
             state_dict=lambda: weights, named_parameters=weights.items

@@ -1,0 +1,275 @@
+"""From Adam to AdaMax: the L^p family of Kingma & Ba (2014), section 7.1."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from adamax_jax._checks import (
+    check_decay,
+    check_eps,
+    check_gradients,
+    check_order,
+    check_params,
+)
+from adamax_jax._storage import complex_dtype
+from adamax_jax._transform import is_surely_positive, one_minus_power
+
+
+class ScaleByLpAdamState(NamedTuple):
+    """State of the L^p family.
+
+    Attributes:
+      count: The number of updates so far; int32 scalar.
+      m: The moving average of the gradients: a tree of the parameters' structure,
+        shapes and dtypes.
+      u: The exponentially weighted L^p norm of the gradients: the same, but real also
+        where the parameters are complex, and in float32 at least.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    m: optax.Updates
+    u: optax.Updates
+
+
+def scale_by_lp_adam(
+    p: ArrayLike,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    nesterov: bool = False,
+    eps_inside: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales gradients by momentum divided by a decayed L^p norm.
+
+    With :math:`g_t` the gradient at step :math:`t = 1, 2, \dots` and
+    :math:`m_0 = u_0 = 0`, element by element,
+
+    .. math::
+
+      \begin{align*}
+        m_t &\leftarrow \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        u_t &\leftarrow \left( (\beta_2 u_{t-1})^p
+          + (1 - \beta_2^p) |g_t|^p \right)^{1/p} \\
+        \text{update}_t &\leftarrow \frac{m_t / (1 - \beta_1^t)}
+          {u_t / (1 - \beta_2^{pt})^{1/p} + \varepsilon}
+      \end{align*}
+
+    where :math:`\beta_1, \beta_2, \varepsilon` are ``b1``, ``b2`` and ``eps``. With
+    p = 2 it is Adam, whose own :math:`\beta_2` is the square of this one:
+    ``optax.adam(b2=0.999)`` is ``b2=0.999**0.5`` here. With p = infinity it is AdaMax.
+
+    The paper keeps :math:`v_t = u_t^p`, which overflows, or vanishes, for large p: the
+    family was called unstable. Kept is u here, and the larger of the two terms taken
+    out of the sum,
+
+    .. math::
+
+      u_t \leftarrow h \exp\left( \tfrac{1}{p} \log(1 + (l / h)^p) \right), \qquad
+      l, h = \text{the smaller, the larger of } \beta_2 u_{t-1},\;
+      (1 - \beta_2^p)^{1/p} |g_t|,
+
+    so that no power exceeds 1: it is stable for every p.
+
+    Arithmetic is done in float32, or float64 where the state is; the update has the
+    gradient's dtype. Complex gradients count by their modulus. A gradient of ``None``
+    leaves that part of the state as it is. Unlike AdaMax's, a u of finite p is an
+    average, which drifts if it is rounded at every step: it is stored in float32 at
+    least, also where the parameters have fewer bits.
+
+    Args:
+      p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
+      b1: Decay rate of the mean of the gradients, in [0, 1).
+      b2: Decay rate of the norm of the gradients, in [0, 1).
+      eps: Floor of the denominator, in the gradient's unit; at least 0. With ``eps=0``
+        0/0 is 0: a coordinate that never saw a gradient does not move.
+      nesterov: Whether to look one step ahead in the mean, as
+        ``optax.adam(nesterov=True)`` does.
+      eps_inside: Whether ``eps`` is added to :math:`|g_t|`, as :func:`scale_by_adamax`
+        does by default, or to the denominator as above, as Adam does.
+
+    ``p``, ``b1``, ``b2`` and ``eps`` may be traced scalars, for instance those of
+    ``optax.inject_hyperparams`` (with half-precision parameters pass that
+    ``hyperparam_dtype=jnp.float32``), so that p can be scheduled from Adam to AdaMax;
+    only Python and NumPy numbers are range-checked.
+
+    Returns:
+      A transformation whose state is a :class:`ScaleByLpAdamState`.
+
+    Raises:
+      ValueError: If ``p`` is below 1, ``b1`` or ``b2`` is outside [0, 1), or ``eps`` is
+        negative or not finite; by ``update``, if the gradients differ from the state in
+        tree structure or shape.
+      TypeError: If a hyperparameter is not a number or a scalar array of at least 32
+        bits; by ``init``, if a parameter is not floating-point or complex; by
+        ``update``, if a gradient is not, or if it is complex where the parameter is
+        real or the other way round.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from adamax_jax import scale_by_lp_adam
+      >>> transformation = scale_by_lp_adam(p=3)
+      >>> state = transformation.init(jnp.zeros(2))
+      >>> for scale in (1.0, 0.1):
+      ...     gradient = scale * jnp.array([4.0, -0.001])
+      ...     update, state = transformation.update(gradient, state)
+      >>> [round(float(x), 4) for x in update]
+      [0.6632, -0.6632]
+
+    References:
+      Kingma and Ba, `Adam: A Method for Stochastic Optimization
+      <https://arxiv.org/abs/1412.6980>`_, 2014. Daley and Amato, `Investigating
+      Alternatives to the Root Mean Square for Adaptive Gradient Methods
+      <https://arxiv.org/abs/2106.05449>`_, 2021, on p other than 2.
+    """
+    p = check_order("p", p)
+    b1 = check_decay("b1", b1)
+    b2 = check_decay("b2", b2)
+    eps = check_eps("eps", eps)
+    is_maximum = isinstance(p, float) and math.isinf(p)
+    rule = _Rule(nesterov, eps_inside, is_surely_positive(eps), is_maximum)
+
+    def init_fn(params):
+        check_params(params, None)
+        return ScaleByLpAdamState(
+            count=jnp.zeros([], jnp.int32),
+            m=jax.tree.map(jnp.zeros_like, params),
+            u=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_norm_dtype(x)), params),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        check_gradients(updates, state.m)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        t = jnp.asarray(count, float)
+        order = jnp.asarray(p, float)
+        coefficients = _Coefficients(
+            p=order,
+            b1=b1,
+            one_minus_b1=1 - b1,
+            correction=1 / one_minus_power(b1, t),
+            next_correction=1 / one_minus_power(b1, t + 1),
+            b2=b2,
+            # (1 - b2^p)^(1/p) and (1 - b2^(p t))^(1/p): 1 where p is infinity.
+            weight=_root(one_minus_power(b2, order), order),
+            norm_correction=1 / _root(one_minus_power(b2, order * t), order),
+            eps=eps,
+        )
+        coefficients = _Coefficients(*(jnp.asarray(x, float) for x in coefficients))
+
+        def update_leaf(g, m, u):
+            if g is None:
+                return _Leaf(None, m, u)
+            return _Leaf(*_update_leaf(g, m, u, coefficients, rule))
+
+        leaves = jax.tree.map(
+            update_leaf, updates, state.m, state.u, is_leaf=lambda g: g is None
+        )
+
+        def pick(field):
+            return jax.tree.map(
+                lambda leaf: getattr(leaf, field),
+                leaves,
+                is_leaf=lambda x: isinstance(x, _Leaf),
+            )
+
+        return pick("step"), ScaleByLpAdamState(count, m=pick("m"), u=pick("u"))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Leaf(NamedTuple):
+    step: jax.Array | None
+    m: jax.Array
+    u: jax.Array
+
+
+class _Rule(NamedTuple):
+    """What is known of the equations before they are compiled."""
+
+    nesterov: bool
+    eps_inside: bool
+    eps_is_positive: bool
+    is_maximum: bool
+
+
+class _Coefficients(NamedTuple):
+    """The scalars of one step, the same for every leaf."""
+
+    p: ArrayLike
+    b1: ArrayLike
+    one_minus_b1: ArrayLike
+    correction: ArrayLike
+    next_correction: ArrayLike
+    b2: ArrayLike
+    weight: ArrayLike
+    norm_correction: ArrayLike
+    eps: ArrayLike
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _update_leaf(g, stored_m, u, coefficients, rule):
+    """One leaf's step in the gradient's dtype, and its new state."""
+    g_dtype = jnp.result_type(g)
+    real = u.dtype
+    c = _Coefficients(*(jnp.asarray(x, real) for x in coefficients))
+    is_complex = jnp.iscomplexobj(g)
+    dtype = complex_dtype(real) if is_complex else real
+    m, g = stored_m.astype(dtype), jnp.asarray(g, dtype)
+    u = _norm(u, jnp.abs(g), c, rule)
+    if is_complex:
+        step_re, m_re = _lp_adam(g.real, m.real, u, c, rule)
+        step_im, m_im = _lp_adam(g.imag, m.imag, u, c, rule)
+        step, m = lax.complex(step_re, step_im), lax.complex(m_re, m_im)
+    else:
+        step, m = _lp_adam(g, m, u, c, rule)
+    return step.astype(g_dtype), m.astype(stored_m.dtype), u
+
+
+def _norm(u, norm, c, rule):
+    """((b2 u)^p + (1 - b2^p) |g|^p)^(1/p), no power of which exceeds 1."""
+    if rule.eps_inside:
+        norm = norm + c.eps
+    if rule.is_maximum:
+        return jnp.maximum(c.b2 * u, norm)
+    a, b = c.b2 * u, c.weight * norm
+    high, low = jnp.maximum(a, b), jnp.minimum(a, b)
+    # Without a smaller term there is nothing to add. The inner where keeps derivatives
+    # finite there, also that by p.
+    is_sum = low > 0
+    ratio = jnp.where(is_sum, low / jnp.where(is_sum, high, 1), 1)
+    power = jnp.exp(c.p * jnp.log(ratio))
+    return jnp.where(is_sum, high * jnp.exp(jnp.log1p(power) / c.p), high)
+
+
+def _lp_adam(g, m, u, c, rule):
+    """The step and the mean of real arrays."""
+    m = c.one_minus_b1 * g + c.b1 * m
+    if rule.nesterov:
+        m_hat = c.b1 * c.next_correction * m + c.one_minus_b1 * c.correction * g
+    else:
+        m_hat = c.correction * m
+    u_hat = c.norm_correction * u
+    denominator = u_hat if rule.eps_inside else u_hat + c.eps
+    if rule.eps_is_positive:
+        return m_hat / denominator, m
+    # 0/0 is 0; a NaN goes on to the update.
+    is_zero = denominator == 0
+    return jnp.where(is_zero, 0, m_hat / jnp.where(is_zero, 1, denominator)), m
+
+
+def _root(x, p):
+    """x^(1/p) for x in (0, 1]."""
+    return jnp.exp(jnp.log(x) / p)
+
+
+def _norm_dtype(x):
+    """The dtype of u for a parameter: real, float32 at least."""
+    dtype = jnp.finfo(jnp.result_type(x)).dtype
+    return dtype if dtype.itemsize >= 4 else jnp.float32

@@ -1,0 +1,296 @@
+"""The L^p family: Adam at 2, AdaMax at infinity, and right in between."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import sequences
+from sequences import descend, trajectory
+
+from adamax_jax import (
+    ScaleByLpAdamState,
+    adamax,
+    adamaxw,
+    lp_adam,
+    lp_adamw,
+    scale_by_adamax,
+    scale_by_lp_adam,
+)
+
+ORDERS = (1, 1.5, 2, 3, 4, 6, 8, 16, 64, 1024, 1e4, 1e6)
+# Where v = u^p, in float32, is off by more than 1 % or not finite.
+TEXTBOOK_FAILS = (8, 16, 64, 1024, 1e4, 1e6)
+B2 = 0.999
+
+
+def gradients(steps=2000, size=64, **options):
+    """Over twelve decades, zeros included."""
+    return jnp.asarray(sequences.gradients(steps, size, **options), jnp.float32)
+
+
+def exact_norm(g, p, b2=B2):
+    """u of every step in float64, from logarithms: log u^p = log(sum of two)."""
+    log_b2 = np.log(b2)
+    log_weight = np.log(-np.expm1(p * log_b2))
+    log_u = np.full(g.shape[1:], -np.inf)
+    norms = []
+    with np.errstate(divide="ignore"):
+        for norm in np.abs(np.asarray(g, np.float64)):
+            terms = p * (log_b2 + log_u), log_weight + p * np.log(norm)
+            log_u = np.logaddexp(*terms) / p
+            norms.append(np.exp(log_u))
+    return np.array(norms)
+
+
+def exact_updates(g, p, b1=0.9, b2=B2, eps=1e-8, nesterov=False):
+    """The updates in float64."""
+    m = np.zeros(g.shape[1:])
+    updates = []
+    g = np.asarray(g, np.float64)
+    for t, (now, u) in enumerate(zip(g, exact_norm(g, p, b2), strict=True), 1):
+        m = b1 * m + (1 - b1) * now
+        m_hat = m / (1 - b1**t)
+        if nesterov:
+            m_hat = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * now / (1 - b1**t)
+        u_hat = u / np.exp(np.log(-np.expm1(p * t * np.log(b2))) / p)
+        updates.append(m_hat / (u_hat + eps))
+    return np.array(updates)
+
+
+def relative_error(actual, exact):
+    """The largest, where exact is not 0; 0 must be met exactly."""
+    actual = np.asarray(actual, np.float64)
+    assert np.all(actual[exact == 0] == 0)
+    there = exact != 0
+    return np.max(np.abs(actual[there] / exact[there] - 1))
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_u_is_the_norm_for_every_p(p):
+    g = gradients()
+    updates, state = trajectory(scale_by_lp_adam(p), g)
+    assert np.isfinite(updates).all()
+    assert np.isfinite(state.m).all()
+    assert relative_error(state.u, exact_norm(g, p)) < 2e-5
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_the_textbook_recurrence_fails_where_it_is_known_to(p):
+    """v = b2^p v + (1 - b2^p) |g|^p, on the same gradients."""
+    g = gradients()
+
+    def step(v, now):
+        decay = jnp.float32(B2) ** jnp.float32(p)
+        v = decay * v + (1 - decay) * jnp.abs(now) ** jnp.float32(p)
+        return v, v ** (1 / jnp.float32(p))
+
+    _, u = jax.lax.scan(step, jnp.zeros(g.shape[1:]), g)
+    with np.errstate(all="ignore"):
+        error = np.abs(np.asarray(u, np.float64) / exact_norm(g, p) - 1)
+    wrong = ~(error[:, 1:] < 0.01)
+    assert (wrong.mean() > 0.2) == (p in TEXTBOOK_FAILS)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 16])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_updates_against_float64(p, nesterov):
+    g = gradients(1000)
+    updates, _ = trajectory(scale_by_lp_adam(p, nesterov=nesterov), g)
+    exact = exact_updates(g, p, nesterov=nesterov)
+    # m is a sum, in which terms may cancel: an update is compared to those around it.
+    np.testing.assert_allclose(updates, exact, rtol=3e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_p_of_2_is_adam(nesterov, x64):
+    """In float64; in float32 Optax's own bias correction is off by 1.7e-5."""
+    g = jnp.asarray(sequences.gradients(1000, 64), jnp.float64)
+    ours, state = trajectory(scale_by_lp_adam(2, b2=0.999**0.5, nesterov=nesterov), g)
+    with jax.numpy_dtype_promotion("standard"):
+        theirs, other = trajectory(optax.scale_by_adam(b2=0.999, nesterov=nesterov), g)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(state.u**2, other.nu, rtol=1e-10)
+
+
+def test_p_of_2_is_adam_in_float32():
+    g = gradients(1000)
+    ours, _ = trajectory(scale_by_lp_adam(2, b2=0.999**0.5), g)
+    with jax.numpy_dtype_promotion("standard"):
+        theirs, _ = trajectory(optax.scale_by_adam(b2=0.999), g)
+    exact = exact_updates(g, 2, b2=0.999**0.5)
+    ours, theirs = (np.abs(np.asarray(x) - exact).max() for x in (ours, theirs))
+    # Of updates of the order of 1.
+    assert ours < 1e-5
+    assert theirs < 5e-5
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"eps": 0.0}])
+@pytest.mark.parametrize("eps_inside", [True, False])
+def test_p_of_infinity_is_adamax_to_the_bit(eps_inside, options, traced):
+    g = gradients(1000)
+    expected = trajectory(scale_by_adamax(eps_inside=eps_inside, **options), g)
+
+    def run(p):
+        return trajectory(scale_by_lp_adam(p, eps_inside=eps_inside, **options), g)
+
+    updates, state = jax.jit(run)(jnp.float32(jnp.inf)) if traced else run(jnp.inf)
+    np.testing.assert_array_equal(state.u, expected[1].u)
+    np.testing.assert_array_equal(state.m, expected[1].m)
+    np.testing.assert_array_equal(updates, expected[0])
+
+
+def test_aliases_are_adamax_at_infinity():
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.standard_normal(5), jnp.float32)
+    g = jnp.asarray(rng.standard_normal((20, 5)), jnp.float32)
+    for ours, theirs in (
+        (lp_adam(0.1, jnp.inf, eps_inside=True), adamax(0.1)),
+        (
+            lp_adamw(0.1, jnp.inf, weight_decay=0.2, eps_inside=True),
+            adamaxw(0.1, weight_decay=0.2),
+        ),
+    ):
+        pairs = zip(descend(ours, params, g), descend(theirs, params, g), strict=True)
+        for actual, expected in pairs:
+            np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3.5, 100, jnp.inf])
+def test_the_first_step_is_the_sign(p):
+    g = jnp.array([3e-6, -2.0, 5e4, 0.0])
+    transformation = scale_by_lp_adam(p, eps=0.0)
+    update, _ = transformation.update(g, transformation.init(g))
+    np.testing.assert_allclose(update, [1, -1, 1, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 1000.0])
+@pytest.mark.parametrize(
+    "g", [[0.0, 0.0], [1.0, 0.0], [1e-15, 1e15], [2.0, 2.0]], ids=str
+)
+def test_derivatives_are_finite(p, g):
+    """Through the updates by the gradient, and by p."""
+
+    def length(p, g):
+        transformation = scale_by_lp_adam(p)
+        state = transformation.init(g)
+        total = 0.0
+        for scale in (1.0, 0.0, 0.5):
+            update, state = transformation.update(scale * g, state)
+            total += jnp.sum(update**2)
+        return total
+
+    by_p, by_g = jax.grad(length, (0, 1))(jnp.float32(p), jnp.array(g))
+    assert np.isfinite(by_p)
+    assert np.isfinite(by_g).all()
+
+
+def test_the_derivative_by_p_is_right(x64):
+    g = jnp.asarray(sequences.gradients(5, 8, decades=1, zeros=0), jnp.float64)
+
+    def u(p):
+        return trajectory(scale_by_lp_adam(p), g)[1].u[-1, 1:].sum()
+
+    by_p = jax.grad(u)(3.0)
+    difference = (u(3.0 + 1e-5) - u(3.0 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(by_p, difference, rtol=1e-6)
+
+
+def test_p_is_scheduled_with_one_compilation():
+    traces = []
+
+    def order(count):
+        traces.append(count)
+        return jnp.where(count < 2, 2.0, jnp.inf)
+
+    optimizer = optax.inject_hyperparams(lp_adam)(0.1, p=order)
+    params = jnp.ones(3)
+    state = optimizer.init(params)
+    traces.clear()
+    step = jax.jit(optimizer.update)
+    for i in range(4):
+        updates, state = step(jnp.full(3, 0.5**i), state, params)
+    assert len(traces) == 1
+    assert state.hyperparams["p"] == jnp.inf
+    assert np.isfinite(updates).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_parameters_have_a_float32_norm(dtype):
+    g = gradients(300, 16, decades=2).astype(dtype)
+    updates, state = trajectory(scale_by_lp_adam(3), g)
+    assert updates.dtype == state.m.dtype == dtype
+    assert state.u.dtype == jnp.float32
+    exact = exact_norm(g.astype(jnp.float32), 3)
+    assert relative_error(state.u, exact) < 2e-5
+    assert np.isfinite(updates.astype(jnp.float32)).all()
+
+
+def test_complex_gradients_count_by_their_modulus():
+    g = jnp.array([3 + 4j, 0j, -1j], jnp.complex64)
+    transformation = scale_by_lp_adam(3, eps=0.0)
+    update, state = transformation.update(g, transformation.init(g))
+    assert state.u.dtype == jnp.float32
+    np.testing.assert_allclose(update, [0.6 + 0.8j, 0, -1j], rtol=1e-6)
+
+
+def test_state_keeps_its_types_and_what_has_no_gradient():
+    params = {"a": jnp.ones(3), "b": jnp.ones([2, 0]), "c": jnp.float32(1)}
+    transformation = scale_by_lp_adam(3)
+    state = transformation.init(params)
+    assert isinstance(state, ScaleByLpAdamState)
+    types = jax.tree.map(jax.typeof, state)
+    for update in (transformation.update, jax.jit(transformation.update)):
+        updates, new = update(params, state, params)
+        assert jax.tree.map(jax.typeof, new) == types
+        assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+    updates, last = transformation.update(params | {"a": None}, new)
+    assert updates["a"] is None
+    np.testing.assert_array_equal(last.u["a"], new.u["a"])
+    arrays = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert sum(x.nbytes for x in arrays) == 8 * 3
+
+
+@pytest.mark.parametrize("p", [0.5, 0, -1, float("nan")])
+def test_p_below_1_is_refused(p):
+    with pytest.raises(ValueError, match="p must be at least 1, or infinity, got"):
+        lp_adam(0.1, p)
+
+
+def test_what_else_is_refused():
+    with pytest.raises(TypeError, match=r"p must be a number.*inject_hyperparams"):
+        lp_adam(0.1, lambda count: 2.0)
+    with pytest.raises(TypeError, match="p has dtype bfloat16"):
+        lp_adam(0.1, jnp.bfloat16(2))
+    with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\)"):
+        lp_adam(0.1, 2, b2=1.0)
+    with pytest.raises(TypeError, match=r"parameter at \['a'\] has dtype int32"):
+        lp_adam(0.1, 2).init({"a": jnp.ones(3, jnp.int32)})
+    optimizer = lp_adamw(0.1, 2)
+    with pytest.raises(ValueError, match="parameters"):
+        optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
+
+
+def operations(optimizer):
+    g = jnp.ones(1000)
+    text = jax.jit(optimizer.update).lower(g, optimizer.init(g)).as_text()
+    found = re.findall(
+        r"stablehlo\.(log_plus_one|log|exponential|sqrt|power) .*tensor<1000xf32>", text
+    )
+    return collections.Counter(found)
+
+
+def test_what_it_costs():
+    """Two logarithms and two exponentials for each number, Adam's root aside."""
+    assert operations(scale_by_lp_adam(3)) == {
+        "log": 1,
+        "exponential": 2,
+        "log_plus_one": 1,
+    }
+    assert operations(scale_by_lp_adam(jnp.inf)) == {}
+    with jax.numpy_dtype_promotion("standard"):
+        assert operations(optax.scale_by_adam())["sqrt"] == 1
