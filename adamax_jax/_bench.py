@@ -446,7 +446,7 @@ def draw(rows: Sequence[StepRow], title: str, path: Path) -> None:
     """Time and state per parameter against the size of one array."""
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row.leaves == 1]
+    rows = [row for row in rows if row.leaves == 1 and row.contender != AGAIN]
     by_contender: dict[str, list[StepRow]] = {}
     for row in rows:
         by_contender.setdefault(row.contender, []).append(row)
