@@ -126,8 +126,9 @@ def check_params(params: Any, m_dtype: Any) -> None:
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"The parameter at {name_of(path)} has dtype {dtype}; AdaMax needs "
-                "floating-point or complex parameters. Leave it out with optax.masked."
+                f"The parameter at {name_of(path)} has dtype {dtype}; the optimizer "
+                "needs floating-point or complex parameters. Leave it out with "
+                "optax.masked."
             )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             check_complex(path, dtype, m_dtype)

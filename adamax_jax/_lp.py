@@ -20,6 +20,8 @@ from adamax_jax._checks import (
 from adamax_jax._storage import complex_dtype
 from adamax_jax._transform import is_surely_positive, one_minus_power
 
+_LARGEST = 1e30
+
 
 class ScaleByLpAdamState(NamedTuple):
     """State of the L^p family.
@@ -27,7 +29,7 @@ class ScaleByLpAdamState(NamedTuple):
     Attributes:
       count: The number of updates so far; int32 scalar.
       m: The moving average of the gradients: a tree of the parameters' structure,
-        shapes and dtypes.
+        shapes and dtypes (float32 for those of 8 bits).
       u: The exponentially weighted L^p norm of the gradients: the same, but real also
         where the parameters are complex, and in float32 at least.
     """
@@ -97,7 +99,10 @@ def scale_by_lp_adam(
     ``p``, ``b1``, ``b2`` and ``eps`` may be traced scalars, for instance those of
     ``optax.inject_hyperparams`` (with half-precision parameters pass that
     ``hyperparam_dtype=jnp.float32``), so that p can be scheduled from Adam to AdaMax;
-    only Python and NumPy numbers are range-checked.
+    only Python and NumPy numbers are range-checked. The bias correction is that of a
+    constant p: where p changes while :math:`\beta_2^{pt}` is not yet small, steps are
+    too long by a share of up to the change's (a p that rises from 2 to 8 over the first
+    1000 steps: 15 %; one that jumps: several times).
 
     Returns:
       A transformation whose state is a :class:`ScaleByLpAdamState`.
@@ -133,13 +138,15 @@ def scale_by_lp_adam(
     b2 = check_decay("b2", b2)
     eps = check_eps("eps", eps)
     is_maximum = isinstance(p, float) and math.isinf(p)
-    rule = _Rule(nesterov, eps_inside, is_surely_positive(eps), is_maximum)
+    # Added to the gradient, eps has a weight that may flush it to 0.
+    is_floor = is_maximum or not eps_inside
+    rule = _Rule(nesterov, eps_inside, is_floor and is_surely_positive(eps), is_maximum)
 
     def init_fn(params):
         check_params(params, None)
         return ScaleByLpAdamState(
             count=jnp.zeros([], jnp.int32),
-            m=jax.tree.map(jnp.zeros_like, params),
+            m=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_mean_dtype(x)), params),
             u=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_norm_dtype(x)), params),
         )
 
@@ -148,7 +155,9 @@ def scale_by_lp_adam(
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         t = jnp.asarray(count, float)
-        order = jnp.asarray(p, float)
+        # To float32 the same as infinity, of which a power of 1 would be undefined.
+        order = min(p, _LARGEST) if isinstance(p, float) else jnp.minimum(p, _LARGEST)
+        order = jnp.asarray(order, float)
         coefficients = _Coefficients(
             p=order,
             b1=b1,
@@ -229,6 +238,9 @@ def _update_leaf(g, stored_m, u, coefficients, rule):
         step, m = lax.complex(step_re, step_im), lax.complex(m_re, m_im)
     else:
         step, m = _lp_adam(g, m, u, c, rule)
+    if stored_m.dtype.itemsize < 4:
+        largest = float(jnp.finfo(stored_m.dtype).max)
+        m = jnp.where(jnp.isinf(m), m, jnp.clip(m, -largest, largest))
     return step.astype(g_dtype), m.astype(stored_m.dtype), u
 
 
@@ -244,7 +256,7 @@ def _norm(u, norm, c, rule):
     # finite there, also that by p.
     is_sum = low > 0
     ratio = jnp.where(is_sum, low / jnp.where(is_sum, high, 1), 1)
-    power = jnp.exp(c.p * jnp.log(ratio))
+    power = jnp.exp(c.p * jnp.log(jnp.maximum(ratio, jnp.finfo(u.dtype).tiny)))
     return jnp.where(is_sum, high * jnp.exp(jnp.log1p(power) / c.p), high)
 
 
@@ -267,6 +279,12 @@ def _lp_adam(g, m, u, c, rule):
 def _root(x, p):
     """x^(1/p) for x in (0, 1]."""
     return jnp.exp(jnp.log(x) / p)
+
+
+def _mean_dtype(x):
+    """The dtype of m for a parameter: its own, of 16 bits at least."""
+    dtype = jnp.result_type(x)
+    return dtype if dtype.itemsize >= 2 else jnp.float32
 
 
 def _norm_dtype(x):

@@ -24,7 +24,13 @@ def run(file, check):
 def _problems(file):
     done = subprocess.run(
         [sys.executable, "-W", "error", file],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "8",
+            # On few cores, two programs under way may starve each other's exchanges.
+            "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
+        },
         capture_output=True,
         text=True,
         timeout=400,

@@ -144,6 +144,48 @@ def test_p_of_infinity_is_adamax_to_the_bit(eps_inside, options, traced):
     np.testing.assert_array_equal(updates, expected[0])
 
 
+@pytest.mark.parametrize("p", [jnp.inf, 1e30, 1e39, 3.4e38])
+@pytest.mark.parametrize("traced", [False, True])
+def test_ties_at_infinity(p, traced):
+    """A gradient that is exactly the decayed u; and finite derivatives."""
+
+    def last(p, g):
+        transformation = scale_by_lp_adam(p, b2=0.5)
+        state = transformation.init(g)
+        for scale in (1.0, 0.5, 0.25):
+            update, state = transformation.update(scale * g, state)
+        return jnp.sum(update), state.u
+
+    g = jnp.ones(3)
+    if traced and p > 3.4e38:
+        p = jnp.inf
+    if traced:
+        by_p, by_g = jax.grad(lambda p, g: last(p, g)[0], (0, 1))(jnp.float32(p), g)
+        assert np.isfinite(by_p) and np.isfinite(by_g).all()
+    _, u = jax.jit(last)(jnp.float32(p), g) if traced else last(p, g)
+    np.testing.assert_array_equal(u, 0.25 * g)
+
+
+def test_means_of_few_bits_do_not_overflow():
+    for dtype in (jnp.float16, jnp.float8_e4m3fn):
+        transformation = scale_by_lp_adam(3)
+        state = transformation.init(jnp.ones(1, dtype))
+        types = jax.tree.map(jax.typeof, state)
+        for g in (1e6, 1.0, 1.0):
+            update, state = transformation.update(jnp.full(1, g, jnp.float32), state)
+            assert np.isfinite(update).all()
+        assert jax.tree.map(jax.typeof, state) == types
+
+
+def test_weakly_typed_parameters_and_a_tiny_eps():
+    transformation = scale_by_lp_adam(1, eps=1e-36, eps_inside=True)
+    params = jnp.asarray(0.0)
+    state = transformation.init(params)
+    update, new = transformation.update(params, state)
+    assert update == 0
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+
+
 def test_aliases_are_adamax_at_infinity():
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.standard_normal(5), jnp.float32)
@@ -172,14 +214,15 @@ def test_the_first_step_is_the_sign(p):
 @pytest.mark.parametrize(
     "g", [[0.0, 0.0], [1.0, 0.0], [1e-15, 1e15], [2.0, 2.0]], ids=str
 )
-def test_derivatives_are_finite(p, g):
+@pytest.mark.parametrize("scales", [(1.0, 0.0, 0.5), (1e15, 1e-15), (1e-15, 1e15)])
+def test_derivatives_are_finite(p, g, scales):
     """Through the updates by the gradient, and by p."""
 
     def length(p, g):
         transformation = scale_by_lp_adam(p)
         state = transformation.init(g)
         total = 0.0
-        for scale in (1.0, 0.0, 0.5):
+        for scale in scales:
             update, state = transformation.update(scale * g, state)
             total += jnp.sum(update**2)
         return total
