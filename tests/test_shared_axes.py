@@ -8,7 +8,7 @@ import optax
 import pytest
 import reference
 import sequences
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sequences import STORAGES, trajectory
@@ -72,6 +72,8 @@ def test_it_is_the_maximum_of_the_element_wise_u_to_the_bit(axes, storage):
     assert_same(shared.u_scale, element_wise.u_scale)
 
 
+# Each shape is compiled anew.
+@settings(max_examples=20)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple),
     seed=st.integers(0, 1000),
