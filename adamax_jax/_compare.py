@@ -293,8 +293,7 @@ def add_parser(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_training_options(parser, {"--tasks": ALL_TASKS, "--methods": ALL_METHODS})
-    parser.set_defaults(methods=list(METHODS))
-    parser.set_defaults(run=run)
+    parser.set_defaults(methods=list(METHODS), run=run)
 
 
 def run(options: argparse.Namespace) -> int:

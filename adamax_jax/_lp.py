@@ -20,6 +20,8 @@ from adamax_jax._checks import (
 from adamax_jax._storage import complex_dtype
 from adamax_jax._transform import is_surely_positive, one_minus_power
 
+# In the place of infinity, where a power of the ratio 1 would be undefined; in float32
+# what it gives is the same.
 _LARGEST = 1e30
 
 
@@ -100,9 +102,9 @@ def scale_by_lp_adam(
     ``optax.inject_hyperparams`` (with half-precision parameters pass that
     ``hyperparam_dtype=jnp.float32``), so that p can be scheduled from Adam to AdaMax;
     only Python and NumPy numbers are range-checked. The bias correction is that of a
-    constant p: where p changes while :math:`\beta_2^{pt}` is not yet small, steps are
-    too long by a share of up to the change's (a p that rises from 2 to 8 over the first
-    1000 steps: 15 %; one that jumps: several times).
+    constant p: where p rises while :math:`\beta_2^{pt}` is not yet small, steps are too
+    long for a while (from 2 to 8 over the first 1000 steps, up to 15 %; after a jump,
+    several times), and too short where it falls.
 
     Returns:
       A transformation whose state is a :class:`ScaleByLpAdamState`.
@@ -155,7 +157,6 @@ def scale_by_lp_adam(
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         t = jnp.asarray(count, float)
-        # To float32 the same as infinity, of which a power of 1 would be undefined.
         order = min(p, _LARGEST) if isinstance(p, float) else jnp.minimum(p, _LARGEST)
         order = jnp.asarray(order, float)
         coefficients = _Coefficients(
