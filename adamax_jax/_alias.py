@@ -193,8 +193,8 @@ def lp_adam(
 
     .. math::
 
-      \theta_t \leftarrow \theta_{t-1} - \alpha_t \frac{m_t / (1 - \beta_1^t)}
-        {u_t / (1 - \beta_2^{pt})^{1/p} + \varepsilon}
+      \theta_t \leftarrow \theta_{t-1}
+        - \alpha_t \frac{m_t / (1 - \beta_1^t)}{u_t + \varepsilon}
 
     with :math:`m_t` and :math:`u_t` as in :func:`scale_by_lp_adam`: Adam at p = 2 (with
     the square root of its ``b2``), AdaMax at p = infinity, and stable between them.
@@ -260,7 +260,7 @@ def lp_adamw(
     .. math::
 
       \theta_t \leftarrow \theta_{t-1} - \alpha_t \left(
-        \frac{m_t / (1 - \beta_1^t)}{u_t / (1 - \beta_2^{pt})^{1/p} + \varepsilon}
+        \frac{m_t / (1 - \beta_1^t)}{u_t + \varepsilon}
         + \lambda_t\, \theta_{t-1} \right)
 
     with :math:`m_t` and :math:`u_t` as in :func:`scale_by_lp_adam` and

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from adamax_jax._alias import adamax
+from adamax_jax._alias import adamax, lp_adam
 from adamax_jax._cli import add_training_options, obstacle, train_all
 from adamax_jax._results import Estimate, digits_to_show, estimate, save, settings_of
 from adamax_jax._tasks import LARGER, TASKS
@@ -69,7 +69,16 @@ EMBEDDING_METHODS: dict[str, Method] = {
         adamax, shared_axes=lambda path, leaf: 0 if _is_embedding(path) else None
     ),
 }
-ALL_METHODS = METHODS | EMBEDDING_METHODS
+# From Adam to AdaMax, which is p = infinity, with the decay rate of AdaMax.
+LP_METHODS: dict[str, Method] = {
+    f"p = {p}": functools.partial(lp_adam, p=p) for p in (1, 2, 3, 4, 6, 8, 16)
+}
+# And with the memory of Adam.
+for _p in (3, 6):
+    LP_METHODS[f"p = {_p}, b2^p = 0.999"] = functools.partial(
+        lp_adam, p=_p, b2=0.999 ** (1 / _p)
+    )
+ALL_METHODS = METHODS | EMBEDDING_METHODS | LP_METHODS
 
 
 @dataclass

@@ -10,6 +10,14 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
+from adamax_jax._adam import (
+    Leaf,
+    corrected_mean,
+    is_surely_positive,
+    one_minus_power,
+    quotient,
+    update_leaves,
+)
 from adamax_jax._checks import (
     check_decay,
     check_eps,
@@ -18,7 +26,6 @@ from adamax_jax._checks import (
     check_params,
 )
 from adamax_jax._storage import complex_dtype
-from adamax_jax._transform import is_surely_positive, one_minus_power
 
 # In the place of infinity, where a power of the ratio 1 would be undefined; in float32
 # what it gives is the same.
@@ -32,7 +39,7 @@ class ScaleByLpAdamState(NamedTuple):
       count: The number of updates so far; int32 scalar.
       m: The moving average of the gradients: a tree of the parameters' structure,
         shapes and dtypes (float32 for those of 8 bits).
-      u: The exponentially weighted L^p norm of the gradients: the same, but real also
+      u: The exponentially weighted L^p mean of the gradients: the same, but real also
         where the parameters are complex, and in float32 at least.
     """
 
@@ -59,27 +66,30 @@ def scale_by_lp_adam(
 
       \begin{align*}
         m_t &\leftarrow \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
-        u_t &\leftarrow \left( (\beta_2 u_{t-1})^p
-          + (1 - \beta_2^p) |g_t|^p \right)^{1/p} \\
-        \text{update}_t &\leftarrow \frac{m_t / (1 - \beta_1^t)}
-          {u_t / (1 - \beta_2^{pt})^{1/p} + \varepsilon}
+        w_t &\leftarrow \frac{1 - \beta_2^p}{1 - \beta_2^{pt}} \\
+        u_t &\leftarrow \left( (1 - w_t)\, u_{t-1}^p
+          + w_t\, |g_t|^p \right)^{1/p} \\
+        \text{update}_t &\leftarrow \frac{m_t / (1 - \beta_1^t)}{u_t + \varepsilon}
       \end{align*}
 
     where :math:`\beta_1, \beta_2, \varepsilon` are ``b1``, ``b2`` and ``eps``. With
     p = 2 it is Adam, whose own :math:`\beta_2` is the square of this one:
     ``optax.adam(b2=0.999)`` is ``b2=0.999**0.5`` here. With p = infinity it is AdaMax.
 
-    The paper keeps :math:`v_t = u_t^p`, which overflows, or vanishes, for large p: the
-    family was called unstable. Kept is u here, and the larger of the two terms taken
-    out of the sum,
+    The paper keeps :math:`v_t = \beta_2^p v_{t-1} + (1 - \beta_2^p) |g_t|^p`, whose
+    :math:`v_t / (1 - \beta_2^{pt})` is :math:`u_t^p` here. It overflows, or vanishes,
+    for large p: the family was called unstable. Kept is u here, and the larger of the
+    two terms taken out of the sum,
 
     .. math::
 
       u_t \leftarrow h \exp\left( \tfrac{1}{p} \log(1 + (l / h)^p) \right), \qquad
-      l, h = \text{the smaller, the larger of } \beta_2 u_{t-1},\;
-      (1 - \beta_2^p)^{1/p} |g_t|,
+      l, h = \text{the smaller, the larger of } (1 - w_t)^{1/p} u_{t-1},\;
+      w_t^{1/p} |g_t|,
 
-    so that no power exceeds 1: it is stable for every p.
+    so that no power exceeds 1: it is stable for every p. As the weights add up to 1, u
+    needs no correction, and remains a mean of the gradients where p or ``b2`` changes
+    on the way.
 
     Arithmetic is done in float32, or float64 where the state is; the update has the
     gradient's dtype. Complex gradients count by their modulus. A gradient of ``None``
@@ -101,10 +111,7 @@ def scale_by_lp_adam(
     ``p``, ``b1``, ``b2`` and ``eps`` may be traced scalars, for instance those of
     ``optax.inject_hyperparams`` (with half-precision parameters pass that
     ``hyperparam_dtype=jnp.float32``), so that p can be scheduled from Adam to AdaMax;
-    only Python and NumPy numbers are range-checked. The bias correction is that of a
-    constant p: where p rises while :math:`\beta_2^{pt}` is not yet small, steps are too
-    long for a while (from 2 to 8 over the first 1000 steps, up to 15 %; after a jump,
-    several times), and too short where it falls.
+    only Python and NumPy numbers are range-checked.
 
     Returns:
       A transformation whose state is a :class:`ScaleByLpAdamState`.
@@ -159,45 +166,32 @@ def scale_by_lp_adam(
         t = jnp.asarray(count, float)
         order = min(p, _LARGEST) if isinstance(p, float) else jnp.minimum(p, _LARGEST)
         order = jnp.asarray(order, float)
+        # 1 - b2^(p t), now and one step ago. At the first step that would be 0, whose
+        # root has no derivative; u is 0 then, whatever its weight.
+        seen = one_minus_power(b2, order * t)
+        seen_before = one_minus_power(b2, order * jnp.maximum(t - 1, 1))
         coefficients = _Coefficients(
             p=order,
             b1=b1,
             one_minus_b1=1 - b1,
             correction=1 / one_minus_power(b1, t),
             next_correction=1 / one_minus_power(b1, t + 1),
-            b2=b2,
-            # (1 - b2^p)^(1/p) and (1 - b2^(p t))^(1/p): 1 where p is infinity.
-            weight=_root(one_minus_power(b2, order), order),
-            norm_correction=1 / _root(one_minus_power(b2, order * t), order),
+            # (1 - w)^(1/p) and w^(1/p): b2 and 1 where p is infinity.
+            decay=b2 * _root(seen_before / seen, order),
+            weight=_root(one_minus_power(b2, order) / seen, order),
             eps=eps,
         )
         coefficients = _Coefficients(*(jnp.asarray(x, float) for x in coefficients))
 
         def update_leaf(g, m, u):
             if g is None:
-                return _Leaf(None, m, u)
-            return _Leaf(*_update_leaf(g, m, u, coefficients, rule))
+                return Leaf(None, m, u)
+            return Leaf(*_update_leaf(g, m, u, coefficients, rule))
 
-        leaves = jax.tree.map(
-            update_leaf, updates, state.m, state.u, is_leaf=lambda g: g is None
-        )
-
-        def pick(field):
-            return jax.tree.map(
-                lambda leaf: getattr(leaf, field),
-                leaves,
-                is_leaf=lambda x: isinstance(x, _Leaf),
-            )
-
-        return pick("step"), ScaleByLpAdamState(count, m=pick("m"), u=pick("u"))
+        step, m, u = update_leaves(update_leaf, updates, state.m, state.u)
+        return step, ScaleByLpAdamState(count, m, u)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class _Leaf(NamedTuple):
-    step: jax.Array | None
-    m: jax.Array
-    u: jax.Array
 
 
 class _Rule(NamedTuple):
@@ -217,9 +211,8 @@ class _Coefficients(NamedTuple):
     one_minus_b1: ArrayLike
     correction: ArrayLike
     next_correction: ArrayLike
-    b2: ArrayLike
+    decay: ArrayLike
     weight: ArrayLike
-    norm_correction: ArrayLike
     eps: ArrayLike
 
 
@@ -246,12 +239,12 @@ def _update_leaf(g, stored_m, u, coefficients, rule):
 
 
 def _norm(u, norm, c, rule):
-    """((b2 u)^p + (1 - b2^p) |g|^p)^(1/p), no power of which exceeds 1."""
+    """((1 - w) u^p + w |g|^p)^(1/p), no power of which exceeds 1."""
     if rule.eps_inside:
         norm = norm + c.eps
     if rule.is_maximum:
-        return jnp.maximum(c.b2 * u, norm)
-    a, b = c.b2 * u, c.weight * norm
+        return jnp.maximum(c.decay * u, norm)
+    a, b = c.decay * u, c.weight * norm
     high, low = jnp.maximum(a, b), jnp.minimum(a, b)
     # Without a smaller term there is nothing to add. The inner where keeps derivatives
     # finite there, also that by p.
@@ -264,17 +257,9 @@ def _norm(u, norm, c, rule):
 def _lp_adam(g, m, u, c, rule):
     """The step and the mean of real arrays."""
     m = c.one_minus_b1 * g + c.b1 * m
-    if rule.nesterov:
-        m_hat = c.b1 * c.next_correction * m + c.one_minus_b1 * c.correction * g
-    else:
-        m_hat = c.correction * m
-    u_hat = c.norm_correction * u
-    denominator = u_hat if rule.eps_inside else u_hat + c.eps
-    if rule.eps_is_positive:
-        return m_hat / denominator, m
-    # 0/0 is 0; a NaN goes on to the update.
-    is_zero = denominator == 0
-    return jnp.where(is_zero, 0, m_hat / jnp.where(is_zero, 1, denominator)), m
+    m_hat = corrected_mean(g, m, c, rule.nesterov)
+    denominator = u if rule.eps_inside else u + c.eps
+    return quotient(m_hat, denominator, rule.eps_is_positive), m
 
 
 def _root(x, p):

@@ -1,7 +1,6 @@
 """AdaMax as a gradient transformation: Kingma & Ba (2014), section 7.1."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,14 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from adamax_jax import _storage
+from adamax_jax._adam import (
+    Leaf,
+    corrected_mean,
+    is_surely_positive,
+    one_minus_power,
+    quotient,
+    update_leaves,
+)
 from adamax_jax._axes import (
     SharedAxes,
     axes_between,
@@ -244,23 +251,11 @@ def scale_by_adamax(
 
         def update_leaf(g, m, u):
             if g is None:
-                return _Leaf(None, *_without_gradient(m, u, coefficients, rule))
-            return _Leaf(*_update_leaf(g, m, u, coefficients, rule))
+                return Leaf(None, *_without_gradient(m, u, coefficients, rule))
+            return Leaf(*_update_leaf(g, m, u, coefficients, rule))
 
-        leaves = jax.tree.map(
-            update_leaf, updates, state.m, state.u, is_leaf=lambda g: g is None
-        )
-
-        def pick(field):
-            return jax.tree.map(
-                lambda leaf: getattr(leaf, field),
-                leaves,
-                is_leaf=lambda x: isinstance(x, _Leaf),
-            )
-
-        return pick("step"), ScaleByAdamaxState(
-            count=count, m=pick("m"), u=pick("u"), u_scale=u_scale
-        )
+        step, m, u = update_leaves(update_leaf, updates, state.m, state.u)
+        return step, ScaleByAdamaxState(count=count, m=m, u=u, u_scale=u_scale)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -269,12 +264,6 @@ def _zeros_like_maximum(zeros, axes):
     """Zeros that lie on the devices as the maximum over axes does."""
     # The maximum of zeros itself would take the compiler seconds to evaluate.
     return jnp.zeros_like(maximum(zeros, axes)) if axes else zeros
-
-
-class _Leaf(NamedTuple):
-    step: jax.Array | None
-    m: jax.Array
-    u: jax.Array
 
 
 class _Rule(NamedTuple):
@@ -340,36 +329,9 @@ def _adamax(g, norm, m, u, c, rule):
     # In the order of Optax's sum, which the compiler fuses to the same bits.
     m = c.one_minus_b1 * g + c.b1 * m
     u = jnp.maximum(c.b2 * u, norm + c.eps if rule.eps_inside else norm)
-    if rule.nesterov:
-        m_hat = c.b1 * c.next_correction * m + c.one_minus_b1 * c.correction * g
-    else:
-        m_hat = c.correction * m
+    m_hat = corrected_mean(g, m, c, rule.nesterov)
     denominator = u if rule.eps_inside else u + c.eps
-    if rule.eps_is_positive:
-        return m_hat / denominator, m, u
-    # The paper's rule: 0/0 is 0. The inner where keeps the derivative of the untaken
-    # branch finite. Compared with ==, a NaN goes on to the update instead of being
-    # hidden.
-    is_zero = denominator == 0
-    step = jnp.where(is_zero, 0, m_hat / jnp.where(is_zero, 1, denominator))
-    return step, m, u
-
-
-def is_surely_positive(eps):
-    """Whether eps is known and above 0, also where subnormal numbers count as 0."""
-    return isinstance(eps, float) and eps >= float(jnp.finfo(jnp.float32).tiny)
-
-
-def one_minus_power(b, t):
-    """1 - b^t, exact to rounding also for b close to 1: -expm1(t log b)."""
-    if isinstance(b, float):
-        return -jnp.expm1(t * math.log(b)) if b > 0 else jnp.ones_like(t)
-    b = jnp.asarray(b, float)
-    is_zero = b == 0
-    # b - 1 is exact for b >= 1/2; below, b^t is too small to need it exact. The inner
-    # where keeps the derivative at b = 0, which is that of b^t, from becoming NaN.
-    log_b = jnp.log1p(jnp.where(is_zero, 1, b) - 1)
-    return jnp.where(is_zero, 1 - b**t, -jnp.expm1(t * log_b))
+    return quotient(m_hat, denominator, rule.eps_is_positive), m, u
 
 
 def _without_gradient(m, u, coefficients, rule):

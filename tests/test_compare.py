@@ -99,6 +99,26 @@ def test_methods_are_what_they_are_called():
     )
 
 
+def test_orders_are_what_they_are_called():
+    g = jnp.array([1.0, -2.0])
+    updates = {}
+    for name in ("Adam", "AdaMax", *_compare.LP_METHODS):
+        optimizer = _compare.ALL_METHODS[name](0.1)
+        state = optimizer.init(g)
+        with jax.numpy_dtype_promotion("standard"):
+            for scale in (1.0, 0.1, 0.3):
+                updates[name], state = optimizer.update(scale * g, state)
+    size = {name: abs(float(update[0])) for name, update in updates.items()}
+    # The longer the memory, the less a larger p tells; Adam's is p = 2, b2^p = 0.999.
+    assert size["p = 2"] == pytest.approx(size["Adam"], rel=1e-3)
+    orders = ["p = 1", "Adam", "p = 3", "p = 4", "p = 6", "p = 8", "p = 16", "AdaMax"]
+    assert sorted(orders, key=lambda name: -size[name]) == orders
+    for p in (3, 6):
+        long = size[f"p = {p}, b2^p = 0.999"]
+        assert long != size[f"p = {p}"]
+        assert long == pytest.approx(size[f"p = {p}"], rel=1e-2)
+
+
 def test_command(tmp_path, capsys):
     arguments = ["compare", "--tasks", "mlp", "--methods", "Adam", "AdaMax"]
     arguments += ["--seeds", "2", "--steps", "3"]

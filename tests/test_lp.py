@@ -33,16 +33,15 @@ def gradients(steps=2000, size=64, **options):
 
 
 def exact_norm(g, p, b2=B2):
-    """u of every step in float64, from logarithms: log u^p = log(sum of two)."""
+    """u of every step in float64, from logarithms of the paper's v and 1 - b2^(p t)."""
     log_b2 = np.log(b2)
     log_weight = np.log(-np.expm1(p * log_b2))
-    log_u = np.full(g.shape[1:], -np.inf)
+    log_v = np.full(g.shape[1:], -np.inf)
     norms = []
     with np.errstate(divide="ignore"):
-        for norm in np.abs(np.asarray(g, np.float64)):
-            terms = p * (log_b2 + log_u), log_weight + p * np.log(norm)
-            log_u = np.logaddexp(*terms) / p
-            norms.append(np.exp(log_u))
+        for t, norm in enumerate(np.abs(np.asarray(g, np.float64)), 1):
+            log_v = np.logaddexp(p * log_b2 + log_v, log_weight + p * np.log(norm))
+            norms.append(np.exp((log_v - np.log(-np.expm1(p * t * log_b2))) / p))
     return np.array(norms)
 
 
@@ -56,8 +55,7 @@ def exact_updates(g, p, b1=0.9, b2=B2, eps=1e-8, nesterov=False):
         m_hat = m / (1 - b1**t)
         if nesterov:
             m_hat = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * now / (1 - b1**t)
-        u_hat = u / np.exp(np.log(-np.expm1(p * t * np.log(b2))) / p)
-        updates.append(m_hat / (u_hat + eps))
+        updates.append(m_hat / (u + eps))
     return np.array(updates)
 
 
@@ -84,11 +82,13 @@ def test_the_textbook_recurrence_fails_where_it_is_known_to(p):
     g = gradients()
 
     def step(v, now):
+        t, norm = now
         decay = jnp.float32(B2) ** jnp.float32(p)
-        v = decay * v + (1 - decay) * jnp.abs(now) ** jnp.float32(p)
-        return v, v ** (1 / jnp.float32(p))
+        v = decay * v + (1 - decay) * norm ** jnp.float32(p)
+        return v, (v / (1 - decay**t)) ** (1 / jnp.float32(p))
 
-    _, u = jax.lax.scan(step, jnp.zeros(g.shape[1:]), g)
+    steps = jnp.arange(1.0, len(g) + 1)
+    _, u = jax.lax.scan(step, jnp.zeros(g.shape[1:]), (steps, jnp.abs(g)))
     with np.errstate(all="ignore"):
         error = np.abs(np.asarray(u, np.float64) / exact_norm(g, p) - 1)
     wrong = ~(error[:, 1:] < 0.01)
@@ -113,7 +113,8 @@ def test_p_of_2_is_adam(nesterov, x64):
     with jax.numpy_dtype_promotion("standard"):
         theirs, other = trajectory(optax.scale_by_adam(b2=0.999, nesterov=nesterov), g)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-12)
-    np.testing.assert_allclose(state.u**2, other.nu, rtol=1e-10)
+    t = np.arange(1, 1001)[:, None]
+    np.testing.assert_allclose(state.u**2, other.nu / (1 - 0.999**t), rtol=1e-10)
 
 
 def test_p_of_2_is_adam_in_float32():
@@ -241,6 +242,37 @@ def test_the_derivative_by_p_is_right(x64):
     by_p = jax.grad(u)(3.0)
     difference = (u(3.0 + 1e-5) - u(3.0 - 1e-5)) / 2e-5
     np.testing.assert_allclose(by_p, difference, rtol=1e-6)
+
+
+ORDERS_IN_TIME = {
+    "a slow rise": lambda t: min(2 + 6 * t / 1000, 8),
+    "a jump to the maximum": lambda t: 2.0 if t < 100 else np.inf,
+    "a fall": lambda t: max(64 - t, 1.0),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS_IN_TIME.values(), ids=ORDERS_IN_TIME)
+def test_u_is_a_mean_whatever_p_does(order):
+    """A constant gradient's is that gradient, and u lies between the extremes."""
+    steps = 1200
+    transformation = optax.inject_hyperparams(
+        scale_by_lp_adam, hyperparam_dtype=jnp.float32
+    )(jnp.float32(2))
+    noise = np.random.default_rng(0).uniform(0.5, 2, steps)
+    g = jnp.asarray(np.stack([np.full(steps, 3.0), noise], axis=1), jnp.float32)
+    orders = jnp.asarray([order(t) for t in range(steps)], jnp.float32)
+
+    def step(state, now):
+        g, p = now
+        state = state._replace(hyperparams=state.hyperparams | {"p": p})
+        update, state = transformation.update(g, state)
+        return state, (update, state.inner_state.u)
+
+    _, (updates, u) = jax.lax.scan(step, transformation.init(g[0]), (g, orders))
+    np.testing.assert_allclose(updates[:, 0], 1, rtol=3e-5)
+    np.testing.assert_allclose(u[:, 0], 3, rtol=3e-5)
+    assert np.all(u[:, 1] > 0.5)
+    assert np.all(u[:, 1] < 2)
 
 
 def test_p_is_scheduled_with_one_compilation():
