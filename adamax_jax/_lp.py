@@ -91,6 +91,17 @@ def scale_by_lp_adam(
     needs no correction, and remains a mean of the gradients where p or ``b2`` changes
     on the way.
 
+    While p and the decay rates are constant and :math:`\beta_1 < \beta_2`, no update
+    without Nesterov momentum exceeds, by Hölder's inequality with q the conjugate of p,
+
+    .. math::
+
+      \frac{1 - \beta_1}{(1 - \beta_2^p)^{1/p} (1 - (\beta_1 / \beta_2)^q)^{1/q}},
+      \qquad \tfrac{1}{p} + \tfrac{1}{q} = 1,
+
+    which is approached: at the default rates 100 for p = 1, 5.15 for 2, 2.51 for 3,
+    1.24 for 8 and 1.0091 for infinity (7.27 for ``optax.adam``).
+
     Arithmetic is done in float32, or float64 where the state is; the update has the
     gradient's dtype. Complex gradients count by their modulus. A gradient of ``None``
     leaves that part of the state as it is. Unlike AdaMax's, a u of finite p is an

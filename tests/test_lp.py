@@ -244,6 +244,36 @@ def test_the_derivative_by_p_is_right(x64):
     np.testing.assert_allclose(by_p, difference, rtol=1e-6)
 
 
+LONGEST = {1: 100, 1.5: 11.83, 2: 5.15, 3: 2.51, 8: 1.24, 64: 1.0017, np.inf: 1.0091}
+
+
+def worst_gradients(p, age, b1=0.9):
+    """For which Hölder's inequality is an equality; the largest is 1."""
+    if p == 1:
+        return np.where(age == 0, 1.0, 0.0)
+    # |g|^(p - 1) is in proportion to the weight in m by that in u.
+    log_ratio = np.log(b1) / p - np.log(B2) if p < np.inf else -np.log(B2)
+    log_g = age * log_ratio * (p / (p - 1) if p < np.inf else 1)
+    # Float32's subnormal numbers, which would count as 0, are kept out.
+    return np.exp(np.maximum(log_g - log_g.max(), -60))
+
+
+@pytest.mark.parametrize("p", LONGEST)
+def test_the_longest_step(p):
+    """The bound of the docstring is approached, and never passed."""
+    b1, steps = 0.9, 10_000
+    q = 1 / (1 - 1 / p) if p > 1 else np.inf
+    bound = (1 - b1) / (-np.expm1(p * np.log(B2))) ** (1 / p)
+    bound /= (1 - (b1 / B2) ** q) ** (1 / q)
+    assert bound == pytest.approx(LONGEST[p], rel=2e-3)
+    worst = worst_gradients(p, np.arange(steps)[::-1])
+    noise = np.random.default_rng(0).standard_t(2, steps)
+    g = jnp.asarray(np.stack([worst, noise], axis=1), jnp.float32)
+    updates, _ = trajectory(scale_by_lp_adam(p, eps=0.0), g)
+    assert np.abs(updates).max() <= bound * (1 + 3e-5)
+    assert updates[-1, 0] == pytest.approx(bound, rel=2e-3)
+
+
 ORDERS_IN_TIME = {
     "a slow rise": lambda t: min(2 + 6 * t / 1000, 8),
     "a jump to the maximum": lambda t: 2.0 if t < 100 else np.inf,
