@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from adamax_jax import _shapes
-from adamax_jax._alias import adamax
+from adamax_jax._alias import adamax, lp_adam
 from adamax_jax._cli import environment, obstacle, positive_int, write_json
 
 REFERENCE = "optax.adamax"
@@ -58,6 +58,7 @@ OPTIMIZERS = {
         LEARNING_RATE, m_dtype="bfloat16", u_dtype="bfloat16"
     ),
     "adamax int8/uint8": adamax(LEARNING_RATE, m_dtype="int8", u_dtype="uint8"),
+    "lp_adam p=3": lp_adam(LEARNING_RATE, 3),
 }
 FLATTENED = {
     f"{name}, flattened": optax.flatten(OPTIMIZERS[name])
@@ -488,6 +489,7 @@ _COLORS = (
     "#009E73",
     "#CC79A7",
     "#56B4E9",
+    "#F0E442",
 )
 
 

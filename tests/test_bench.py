@@ -4,6 +4,7 @@ No test looks at a clock: that is for the command, on a quiet machine.
 """
 
 import collections
+import functools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import optax
 import pytest
 from sequences import STORAGES
 
-from adamax_jax import __main__, _bench, _shapes, adamax
+from adamax_jax import __main__, _bench, _shapes, adamax, lp_adam
 
 
 @pytest.fixture(autouse=True)
@@ -223,15 +224,19 @@ def test_bytes_are_counted():
 def test_every_contender_takes_the_steps_of_its_optimizer():
     """Two, with a second gradient that tells Adam and AdaMax apart."""
     gradients = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([3.0])}
+    others = {
+        "optax.adam": optax.adam,
+        "lp_adam p=3": functools.partial(lp_adam, p=3),
+    }
     for name, make in _bench.contenders(flattened=True).items():
         run = make(gradients)
-        if not name.startswith(("adamax", "optax")):
+        if not name.startswith(("adamax", "optax", "lp_adam")):
             run()
             continue
         run()
         run._gradients = jax.tree.map(lambda g: g / 8, gradients)
         run()
-        make_optimizer = optax.adam if "adam," in name + "," else optax.adamax
+        make_optimizer = others.get(name, optax.adamax)
         optimizer = make_optimizer(_bench.LEARNING_RATE)
         params = jax.tree.map(jnp.ones_like, gradients)
         state = optimizer.init(params)
