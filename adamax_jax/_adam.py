@@ -56,8 +56,12 @@ def one_minus_power(b, t):
     if isinstance(b, float):
         return -jnp.expm1(t * math.log(b)) if b > 0 else jnp.ones_like(t)
     b = jnp.asarray(b, float)
-    is_zero = b == 0
-    # b - 1 is exact for b >= 1/2; below, b^t is too small to need it exact. The inner
-    # where keeps the derivative at b = 0, which is that of b^t, from becoming NaN.
-    log_b = jnp.log1p(jnp.where(is_zero, 1, b) - 1)
+    # b - 1 is exact for b of 1/2 and above. The inner wheres keep derivatives finite;
+    # that at b = 0 is that of b^t.
+    is_zero, is_large = b == 0, b >= 0.5
+    log_b = jnp.where(
+        is_large,
+        jnp.log1p(jnp.where(is_large, b - 1, 0)),
+        jnp.log(jnp.where(is_large | is_zero, 1, b)),
+    )
     return jnp.where(is_zero, 1 - b**t, -jnp.expm1(t * log_b))

@@ -28,8 +28,8 @@ from adamax_jax._checks import (
 from adamax_jax._storage import complex_dtype
 
 # In the place of infinity, where a power of the ratio 1 would be undefined; in float32
-# what it gives is the same.
-_LARGEST = 1e30
+# what it gives is the same, and its product with any count is finite.
+_LARGEST = 1e28
 # Whole powers up to this one are taken by products, in half the time of exp and log.
 _LARGEST_PRODUCT = 64
 
@@ -183,21 +183,25 @@ def scale_by_lp_adam(
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         t = jnp.asarray(count, float)
-        order = min(p, _LARGEST) if isinstance(p, float) else jnp.minimum(p, _LARGEST)
-        order = jnp.asarray(order, float)
-        # 1 - b2^(p t), now and one step ago. At the first step that would be 0, whose
-        # root has no derivative; u is 0 then, whatever its weight.
-        seen = one_minus_power(b2, order * t)
-        seen_before = one_minus_power(b2, order * jnp.maximum(t - 1, 1))
+        order = min(p, _LARGEST) if isinstance(p, float) else p
+        order = jnp.minimum(jnp.asarray(order, float), _LARGEST)
+        w = one_minus_power(b2, order) / one_minus_power(b2, order * t)
+        # 1 - w is b2^p times 1 - w b2^(p (t - 1)), which comes to 1 in time. It is 0 at
+        # the first step; but u is, too, and the root of 0 has no derivative.
+        past = jnp.maximum(t - 1, 1)
+        growth = jnp.log1p(-w * (1 - one_minus_power(b2, order * past))) / order
+        rate = jnp.asarray(b2, float)
         coefficients = _Coefficients(
             p=order,
             b1=b1,
             one_minus_b1=1 - b1,
             correction=1 / one_minus_power(b1, t),
             next_correction=1 / one_minus_power(b1, t + 1),
-            # (1 - w)^(1/p) and w^(1/p): b2 and 1 where p is infinity.
-            decay=b2 * _root(seen_before / seen, order),
-            weight=_root(one_minus_power(b2, order) / seen, order),
+            # (1 - w)^(1/p), 1 minus it to all digits, and w^(1/p): b2, 1 - b2 and 1
+            # where p is infinity.
+            decay=rate * jnp.exp(growth),
+            loss=jnp.asarray(1 - b2, float) - rate * jnp.expm1(growth),
+            weight=jnp.exp(jnp.log(w) / order),
             eps=eps,
         )
         coefficients = _Coefficients(*(jnp.asarray(x, float) for x in coefficients))
@@ -233,6 +237,7 @@ class _Coefficients(NamedTuple):
     correction: ArrayLike
     next_correction: ArrayLike
     decay: ArrayLike
+    loss: ArrayLike
     weight: ArrayLike
     eps: ArrayLike
 
@@ -263,19 +268,38 @@ def _norm(u, norm, c, rule):
     """((1 - w) u^p + w |g|^p)^(1/p), no power of which exceeds 1."""
     if rule.eps_inside:
         norm = norm + c.eps
+    old, new = c.decay * u, c.weight * norm
+    high, low = jnp.maximum(old, new), jnp.minimum(old, new)
     if rule.is_maximum:
-        return jnp.maximum(c.decay * u, norm)
-    a, b = c.decay * u, c.weight * norm
-    high, low = jnp.maximum(a, b), jnp.minimum(a, b)
-    # Without a smaller term there is nothing to add. The inner where keeps derivatives
-    # finite there, also that by p.
-    is_sum = low > 0
-    ratio = jnp.where(is_sum, low / jnp.where(is_sum, high, 1), 1)
+        return high
+    ratio = _ratio(low, jnp.where(high == 0, 1, high))
+    gain = jnp.expm1(jnp.log1p(_power(ratio, c.p, rule)) / c.p)
+    # An average changes by little at a step and remembers an error of it for long: the
+    # change is added to u, instead of multiplying by a number close to 1.
+    is_old = new <= old
+    base = jnp.where(is_old, u, new)
+    change = jnp.where(is_old, c.decay * gain - c.loss, gain)
+    return jnp.where(c.p < _LARGEST, base + base * change, high)
+
+
+def _power(x, p, rule):
+    """x^p for x of at least 0."""
     if rule.whole_p is not None:
-        power = ratio**rule.whole_p
-    else:
-        power = jnp.exp(c.p * jnp.log(jnp.maximum(ratio, jnp.finfo(u.dtype).tiny)))
-    return jnp.where(is_sum, high * jnp.exp(jnp.log1p(power) / c.p), high)
+        return x**rule.whole_p
+    # Not of 0, whose logarithm has no derivative.
+    return jnp.exp(p * jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny)))
+
+
+@jax.custom_jvp
+def _ratio(x, y):
+    return x / y
+
+
+# JAX's own divides by y^2, which is 0 for a y of 1e-23.
+_ratio.defjvps(
+    lambda x_dot, ratio, x, y: x_dot / y,
+    lambda y_dot, ratio, x, y: -ratio * (y_dot / y),
+)
 
 
 def _lp_adam(g, m, u, c, rule):
@@ -289,11 +313,6 @@ def _lp_adam(g, m, u, c, rule):
 def _whole(p):
     is_small = isinstance(p, float) and p <= _LARGEST_PRODUCT
     return int(p) if is_small and p.is_integer() else None
-
-
-def _root(x, p):
-    """x^(1/p) for x in (0, 1]."""
-    return jnp.exp(jnp.log(x) / p)
 
 
 def _mean_dtype(x):

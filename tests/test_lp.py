@@ -45,17 +45,18 @@ def exact_norm(g, p, b2=B2):
     return np.array(norms)
 
 
-def exact_updates(g, p, b1=0.9, b2=B2, eps=1e-8, nesterov=False):
+def exact_updates(g, p, b1=0.9, b2=B2, eps=1e-8, nesterov=False, eps_inside=False):
     """The updates in float64."""
     m = np.zeros(g.shape[1:])
     updates = []
     g = np.asarray(g, np.float64)
-    for t, (now, u) in enumerate(zip(g, exact_norm(g, p, b2), strict=True), 1):
+    norms = exact_norm(np.abs(g) + eps if eps_inside else g, p, b2)
+    for t, (now, u) in enumerate(zip(g, norms, strict=True), 1):
         m = b1 * m + (1 - b1) * now
         m_hat = m / (1 - b1**t)
         if nesterov:
             m_hat = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * now / (1 - b1**t)
-        updates.append(m_hat / (u + eps))
+        updates.append(m_hat / (u if eps_inside else u + eps))
     return np.array(updates)
 
 
@@ -78,7 +79,7 @@ def test_u_is_the_norm_for_every_p(p, traced):
     updates, state = jax.jit(run)(jnp.float32(p)) if traced else run(p)
     assert np.isfinite(updates).all()
     assert np.isfinite(state.m).all()
-    assert relative_error(state.u, exact_norm(g, p)) < 2e-5
+    assert relative_error(state.u, exact_norm(g, p)) < 1e-5
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -100,14 +101,43 @@ def test_the_textbook_recurrence_fails_where_it_is_known_to(p):
     assert (wrong.mean() > 0.2) == (p in TEXTBOOK_FAILS)
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 16])
+@pytest.mark.parametrize("p", [1, 2, 3.5, 16])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_updates_against_float64(p, nesterov):
+@pytest.mark.parametrize("eps_inside", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+def test_updates_against_float64(p, nesterov, eps_inside, traced):
     g = gradients(1000)
-    updates, _ = trajectory(scale_by_lp_adam(p, nesterov=nesterov), g)
-    exact = exact_updates(g, p, nesterov=nesterov)
+    options = {"nesterov": nesterov, "eps_inside": eps_inside}
+    numbers = {"p": p, "b1": 0.8, "b2": 0.99, "eps": 1e-3}
+
+    def run(numbers):
+        return trajectory(scale_by_lp_adam(**numbers, **options), g)[0]
+
+    if traced:
+        updates = jax.jit(run)(jax.tree.map(jnp.float32, numbers))
+    else:
+        updates = run(numbers)
+    exact = exact_updates(g, **numbers, **options)
     # m is a sum, in which terms may cancel: an update is compared to those around it.
-    np.testing.assert_allclose(updates, exact, rtol=3e-5, atol=1e-6)
+    np.testing.assert_allclose(updates, exact, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, 8, 64, 1e4])
+@pytest.mark.parametrize("kind", ["constant", "a drop", "rare", "normal"])
+def test_u_does_not_drift(p, kind):
+    """Errors of single steps are not added up, whatever the gradients."""
+    steps = 8000
+    random = np.random.default_rng(0)
+    sizes = np.logspace(-1, 1, 16)
+    g = {
+        "constant": np.ones((steps, 16)),
+        "a drop": np.where(np.arange(steps) < 3000, 1.0, 1e-3)[:, None],
+        "rare": np.where(random.random((steps, 16)) < 0.02, 1.0, 0.0),
+        "normal": random.standard_normal((steps, 16)),
+    }[kind]
+    g = jnp.asarray(g * sizes, jnp.float32)
+    _, state = trajectory(scale_by_lp_adam(p), g)
+    assert relative_error(state.u, exact_norm(g, p)) < 1e-5
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -184,12 +214,19 @@ def test_means_of_few_bits_do_not_overflow():
 
 
 def test_weakly_typed_parameters_and_a_tiny_eps():
+    """Which its weight makes subnormal, that is 0, where it is late."""
     transformation = scale_by_lp_adam(1, eps=1e-36, eps_inside=True)
     params = jnp.asarray(0.0)
     state = transformation.init(params)
-    update, new = transformation.update(params, state)
+    types = jax.tree.map(jax.typeof, state)
+    for g in (params, None, None, None, params):
+        update, state = transformation.update(g, state)
+        assert g is None or update == 0
+        assert jax.tree.map(jax.typeof, state) == types
+    state = state._replace(m=0 * state.m, u=0 * state.u, count=jnp.int32(1000))
+    update, state = transformation.update(params, state)
     assert update == 0
-    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+    assert state.u == 0
 
 
 def test_aliases_are_adamax_at_infinity():
@@ -216,11 +253,13 @@ def test_the_first_step_is_the_sign(p):
     np.testing.assert_allclose(update, [1, -1, 1, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 1000.0])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5, 1000.0])
 @pytest.mark.parametrize(
-    "g", [[0.0, 0.0], [1.0, 0.0], [1e-15, 1e15], [2.0, 2.0]], ids=str
+    "g", [[0.0, 0.0], [1.0, 0.0], [1e-15, 1e15], [2.0, 2.0], [1e-25, 1e25]], ids=str
 )
-@pytest.mark.parametrize("scales", [(1.0, 0.0, 0.5), (1e15, 1e-15), (1e-15, 1e15)])
+@pytest.mark.parametrize(
+    "scales", [(1.0, 0.0, 0.5), (1e12, 1e-12), (1e-12, 1e12), (1.0, 1.0)]
+)
 def test_derivatives_are_finite(p, g, scales):
     """Through the updates by the gradient, and by p, which is traced for that."""
 
@@ -239,15 +278,66 @@ def test_derivatives_are_finite(p, g, scales):
     assert np.isfinite(jax.grad(length, 1)(p, jnp.array(g))).all()
 
 
-def test_the_derivative_by_p_is_right(x64):
-    g = jnp.asarray(sequences.gradients(5, 8, decades=1, zeros=0), jnp.float64)
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5, 1000.0])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("eps_inside", [False, True])
+def test_derivatives_are_right(p, whole, eps_inside, x64):
+    """By the gradients and all hyperparameters, against differences."""
+    if whole and p != int(p):
+        pytest.skip("not a whole number")
+    g = jnp.asarray(sequences.gradients(6, 4, decades=1, zeros=0), jnp.float64)
+    point = {"g": g, "b1": 0.9, "b2": 0.99, "eps": 1e-2}
+    if not whole:
+        point["p"] = p
+    point = jax.tree.map(jnp.float64, point)
 
-    def u(p):
-        return trajectory(scale_by_lp_adam(p), g)[1].u[-1, 1:].sum()
+    def length(point):
+        numbers = {"p": p} | point
+        g = numbers.pop("g")
+        transformation = scale_by_lp_adam(**numbers, eps_inside=eps_inside)
+        return jnp.sum(jnp.sin(trajectory(transformation, g)[0]))
 
-    by_p = jax.grad(u)(3.0)
-    difference = (u(3.0 + 1e-5) - u(3.0 - 1e-5)) / 2e-5
-    np.testing.assert_allclose(by_p, difference, rtol=1e-6)
+    gradient = jax.grad(length)(point)
+    for direction in range(4):
+        random = np.random.default_rng(direction)
+        # Of a size with each number, so that all stay in their ranges.
+        d = jax.tree.map(lambda x: x * random.standard_normal(x.shape), point)  # noqa: B023
+        d["b2"] *= 0.01
+        h = 1e-6
+        ahead, behind = (
+            length(jax.tree.map(lambda x, d, h=h: x + h * d, point, d)) for h in (h, -h)
+        )
+        expected = (ahead - behind) / (2 * h)
+        actual = sum(
+            jnp.sum(a * b)
+            for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(d), strict=True)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("b2", [0.0, 1e-9, 3e-8, 0.5, 0.999])
+def test_derivatives_by_a_small_decay_rate(b2):
+    def length(b1, b2):
+        transformation = scale_by_lp_adam(2.0, b1, b2)
+        g = jnp.array([[1.0, 0.5], [0.5, 2.0], [1.0, 0.0]])
+        return jnp.sum(trajectory(transformation, g)[0])
+
+    by_b1, by_b2 = jax.grad(length, (0, 1))(jnp.float32(b2), jnp.float32(b2))
+    assert np.isfinite(by_b1)
+    assert np.isfinite(by_b2)
+
+
+def test_hyperparameters_of_any_dtype(x64):
+    """With 64 bits allowed and strict promotion, which the suite asks for."""
+    g = jnp.ones(2, jnp.float32)
+    for numbers in (
+        {"p": jnp.float32(2), "b2": jnp.float32(0.999)},
+        {"p": jnp.int32(2), "b1": jnp.float64(0.9), "eps": jnp.float32(1e-8)},
+    ):
+        transformation = scale_by_lp_adam(**numbers)
+        update, _ = transformation.update(g, transformation.init(g))
+        assert update.dtype == jnp.float32
+        np.testing.assert_allclose(update, 1, rtol=1e-6)
 
 
 LONGEST = {1: 100, 1.5: 11.83, 2: 5.15, 3: 2.51, 8: 1.24, 64: 1.0017, np.inf: 1.0091}
@@ -277,7 +367,7 @@ def test_the_longest_step(p):
     g = jnp.asarray(np.stack([worst, noise], axis=1), jnp.float32)
     updates, _ = trajectory(scale_by_lp_adam(p, eps=0.0), g)
     assert np.abs(updates).max() <= bound * (1 + 3e-5)
-    assert updates[-1, 0] == pytest.approx(bound, rel=2e-3)
+    assert updates[-1, 0] == pytest.approx(bound, rel=2e-4)
 
 
 ORDERS_IN_TIME = {
@@ -342,11 +432,18 @@ def test_half_precision_parameters_have_a_float32_norm(dtype):
 
 
 def test_complex_gradients_count_by_their_modulus():
-    g = jnp.array([3 + 4j, 0j, -1j], jnp.complex64)
-    transformation = scale_by_lp_adam(3, eps=0.0)
-    update, state = transformation.update(g, transformation.init(g))
+    re, im = (gradients(500, seed=seed) for seed in (0, 1))
+    g = jax.lax.complex(re, im)
+    updates, state = trajectory(scale_by_lp_adam(3), g)
     assert state.u.dtype == jnp.float32
-    np.testing.assert_allclose(update, [0.6 + 0.8j, 0, -1j], rtol=1e-6)
+    norm = exact_norm(np.hypot(np.float64(re), np.float64(im)), 3)
+    assert relative_error(state.u, norm) < 1e-5
+    # Of each part as of a real gradient beside the same norm.
+    m = np.zeros(g.shape[1:], complex)
+    for t, (now, u, update) in enumerate(zip(g, norm, updates, strict=True), 1):
+        m = 0.9 * m + 0.1 * np.asarray(now, np.complex128)
+        exact = m / (1 - 0.9**t) / (u + 1e-8)
+        np.testing.assert_allclose(update, exact, rtol=1e-5, atol=1e-6)
 
 
 def test_state_keeps_its_types_and_what_has_no_gradient():
@@ -390,7 +487,9 @@ def operations(optimizer):
     g = jnp.ones(1000)
     text = jax.jit(optimizer.update).lower(g, optimizer.init(g)).as_text()
     found = re.findall(
-        r"stablehlo\.(log_plus_one|log|exponential|sqrt|power) .*tensor<1000xf32>", text
+        r"stablehlo\.(log|log_plus_one|exponential|exponential_minus_one|sqrt|power) "
+        r".*tensor<1000xf32>",
+        text,
     )
     return collections.Counter(found)
 
@@ -401,11 +500,15 @@ def test_what_it_costs():
     Where p is not a small whole number that is known when it is compiled, two of each.
     """
     for p in (1, 2, 3.0, 16, np.float32(64)):
-        assert operations(scale_by_lp_adam(p)) == {"exponential": 1, "log_plus_one": 1}
+        assert operations(scale_by_lp_adam(p)) == {
+            "exponential_minus_one": 1,
+            "log_plus_one": 1,
+        }
     for p in (2.5, 65, jnp.float32(3)):
         assert operations(scale_by_lp_adam(p)) == {
             "log": 1,
-            "exponential": 2,
+            "exponential": 1,
+            "exponential_minus_one": 1,
             "log_plus_one": 1,
         }
     assert operations(scale_by_lp_adam(jnp.inf)) == {}
