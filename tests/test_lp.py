@@ -102,12 +102,12 @@ def test_the_textbook_recurrence_fails_where_it_is_known_to(p):
 
 
 @pytest.mark.parametrize("p", [1, 2, 3.5, 16])
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("eps_inside", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": True}, {"nesterov": True, "eps_inside": True}], ids=str
+)
 @pytest.mark.parametrize("traced", [False, True])
-def test_updates_against_float64(p, nesterov, eps_inside, traced):
+def test_updates_against_float64(p, options, traced):
     g = gradients(1000)
-    options = {"nesterov": nesterov, "eps_inside": eps_inside}
     numbers = {"p": p, "b1": 0.8, "b2": 0.99, "eps": 1e-3}
 
     def run(numbers):
@@ -253,13 +253,11 @@ def test_the_first_step_is_the_sign(p):
     np.testing.assert_allclose(update, [1, -1, 1, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.5, 1000.0])
+@pytest.mark.parametrize("p", [1.0, 3.5, 1000.0])
 @pytest.mark.parametrize(
     "g", [[0.0, 0.0], [1.0, 0.0], [1e-15, 1e15], [2.0, 2.0], [1e-25, 1e25]], ids=str
 )
-@pytest.mark.parametrize(
-    "scales", [(1.0, 0.0, 0.5), (1e12, 1e-12), (1e-12, 1e12), (1.0, 1.0)]
-)
+@pytest.mark.parametrize("scales", [(1.0, 0.0, 0.5), (1e12, 1e-12, 1e12), (1.0, 1.0)])
 def test_derivatives_are_finite(p, g, scales):
     """Through the updates by the gradient, and by p, which is traced for that."""
 
@@ -278,16 +276,26 @@ def test_derivatives_are_finite(p, g, scales):
     assert np.isfinite(jax.grad(length, 1)(p, jnp.array(g))).all()
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.5, 1000.0])
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("eps_inside", [False, True])
-def test_derivatives_are_right(p, whole, eps_inside, x64):
+def relative_direction(point, seed):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x * random.standard_normal(x.shape), point)
+
+
+@pytest.mark.parametrize(
+    ("p", "traced", "eps_inside"),
+    [
+        (1.0, True, True),
+        (2.0, False, False),
+        (3.5, True, False),
+        (16.0, False, True),
+        (1000.0, True, True),
+    ],
+)
+def test_derivatives_are_right(p, traced, eps_inside, x64):
     """By the gradients and all hyperparameters, against differences."""
-    if whole and p != int(p):
-        pytest.skip("not a whole number")
     g = jnp.asarray(sequences.gradients(6, 4, decades=1, zeros=0), jnp.float64)
     point = {"g": g, "b1": 0.9, "b2": 0.99, "eps": 1e-2}
-    if not whole:
+    if traced:
         point["p"] = p
     point = jax.tree.map(jnp.float64, point)
 
@@ -297,16 +305,13 @@ def test_derivatives_are_right(p, whole, eps_inside, x64):
         transformation = scale_by_lp_adam(**numbers, eps_inside=eps_inside)
         return jnp.sum(jnp.sin(trajectory(transformation, g)[0]))
 
+    h = 1e-6
     gradient = jax.grad(length)(point)
-    for direction in range(4):
-        random = np.random.default_rng(direction)
+    for direction in range(3):
         # Of a size with each number, so that all stay in their ranges.
-        d = jax.tree.map(lambda x: x * random.standard_normal(x.shape), point)  # noqa: B023
-        d["b2"] *= 0.01
-        h = 1e-6
-        ahead, behind = (
-            length(jax.tree.map(lambda x, d, h=h: x + h * d, point, d)) for h in (h, -h)
-        )
+        d = relative_direction(point, direction)
+        ahead = length(jax.tree.map(lambda x, d: x + h * d, point, d))
+        behind = length(jax.tree.map(lambda x, d: x - h * d, point, d))
         expected = (ahead - behind) / (2 * h)
         actual = sum(
             jnp.sum(a * b)
@@ -315,7 +320,7 @@ def test_derivatives_are_right(p, whole, eps_inside, x64):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("b2", [0.0, 1e-9, 3e-8, 0.5, 0.999])
+@pytest.mark.parametrize("b2", [0.0, 1e-9, 3e-8])
 def test_derivatives_by_a_small_decay_rate(b2):
     def length(b1, b2):
         transformation = scale_by_lp_adam(2.0, b1, b2)
@@ -325,6 +330,39 @@ def test_derivatives_by_a_small_decay_rate(b2):
     by_b1, by_b2 = jax.grad(length, (0, 1))(jnp.float32(b2), jnp.float32(b2))
     assert np.isfinite(by_b1)
     assert np.isfinite(by_b2)
+
+
+def test_the_last_count():
+    """It stays there, and its product with p = infinity has derivatives."""
+
+    def length(p, b2):
+        transformation = scale_by_lp_adam(p, b2=b2)
+        state = transformation.init(jnp.ones(2))
+        state = state._replace(count=jnp.int32(2**31 - 2), u=jnp.ones(2))
+        total = 0.0
+        for _ in range(3):
+            update, state = transformation.update(jnp.array([0.5, 2.0]), state)
+            total += jnp.sum(update)
+        return total, state.count
+
+    for p in (2.5, jnp.inf):
+        derivatives, count = jax.grad(length, (0, 1), has_aux=True)(
+            jnp.float32(p), jnp.float32(0.999)
+        )
+        assert np.isfinite(derivatives).all()
+        assert count == 2**31 - 1
+
+
+def test_p_goes_to_infinity_by_its_inverse():
+    optimizer = optax.inject_hyperparams(lp_adam)(
+        0.1, p=lambda count: 1 / optax.linear_schedule(0.5, 0.0, 4)(count)
+    )
+    params = jnp.ones(2)
+    state = optimizer.init(params)
+    for p in (2, 8 / 3, 4, 8, jnp.inf, jnp.inf):
+        updates, state = optimizer.update(params, state, params)
+        assert state.hyperparams["p"] == pytest.approx(p)
+        np.testing.assert_allclose(updates, -0.1, rtol=1e-5)
 
 
 def test_hyperparameters_of_any_dtype(x64):
@@ -366,7 +404,7 @@ def test_the_longest_step(p):
     noise = np.random.default_rng(0).standard_t(2, steps)
     g = jnp.asarray(np.stack([worst, noise], axis=1), jnp.float32)
     updates, _ = trajectory(scale_by_lp_adam(p, eps=0.0), g)
-    assert np.abs(updates).max() <= bound * (1 + 3e-5)
+    assert np.abs(updates).max() <= bound * (1 + 1e-5)
     assert updates[-1, 0] == pytest.approx(bound, rel=2e-4)
 
 
@@ -395,8 +433,8 @@ def test_u_is_a_mean_whatever_p_does(order):
         return state, (update, state.inner_state.u)
 
     _, (updates, u) = jax.lax.scan(step, transformation.init(g[0]), (g, orders))
-    np.testing.assert_allclose(updates[:, 0], 1, rtol=3e-5)
-    np.testing.assert_allclose(u[:, 0], 3, rtol=3e-5)
+    np.testing.assert_allclose(updates[:, 0], 1, rtol=2e-6)
+    np.testing.assert_allclose(u[:, 0], 3, rtol=2e-6)
     assert np.all(u[:, 1] > 0.5)
     assert np.all(u[:, 1] < 2)
 
