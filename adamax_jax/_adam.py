@@ -39,11 +39,23 @@ def corrected_mean(g, m, c, nesterov):
 def quotient(m_hat, denominator, is_positive):
     """The step; by the paper's rule, 0/0 is 0."""
     if is_positive:
-        return m_hat / denominator
+        return divide(m_hat, denominator)
     # The inner where keeps the derivative of the untaken branch finite. Compared with
     # ==, a NaN goes on to the update instead of being hidden.
     is_zero = denominator == 0
-    return jnp.where(is_zero, 0, m_hat / jnp.where(is_zero, 1, denominator))
+    return jnp.where(is_zero, 0, divide(m_hat, jnp.where(is_zero, 1, denominator)))
+
+
+@jax.custom_jvp
+def divide(x, y):
+    """x / y, whose own derivative by y divides by y^2, which is 0 for a y of 1e-23."""
+    return x / y
+
+
+divide.defjvps(
+    lambda x_dot, ratio, x, y: x_dot / y,
+    lambda y_dot, ratio, x, y: -ratio * (y_dot / y),
+)
 
 
 def is_surely_positive(eps):
@@ -56,12 +68,8 @@ def one_minus_power(b, t):
     if isinstance(b, float):
         return -jnp.expm1(t * math.log(b)) if b > 0 else jnp.ones_like(t)
     b = jnp.asarray(b, float)
-    # b - 1 is exact for b of 1/2 and above. The inner wheres keep derivatives finite;
-    # that at b = 0 is that of b^t.
-    is_zero, is_large = b == 0, b >= 0.5
-    log_b = jnp.where(
-        is_large,
-        jnp.log1p(jnp.where(is_large, b - 1, 0)),
-        jnp.log(jnp.where(is_large | is_zero, 1, b)),
-    )
+    # The inner where keeps the derivative at b = 0, which is that of b^t, from becoming
+    # NaN.
+    is_zero = b == 0
+    log_b = jnp.log(jnp.where(is_zero, 1, b))
     return jnp.where(is_zero, 1 - b**t, -jnp.expm1(t * log_b))
