@@ -154,13 +154,20 @@ def next_exponent(costs: dict[int, float], first: int) -> int:
     if not costs:
         return first
     best = min(costs, key=lambda exponent: costs[exponent])
+    if math.isinf(costs[best]):
+        # Nothing was learned so far: only less can help.
+        lowest = min(costs)
+        return lowest - 1 if len(costs) < MOST_RATES else lowest
     untried = [e for e in (best + 1, best - 1) if e not in costs]
     return untried[0] if untried and len(costs) < MOST_RATES else best
 
 
 def _cost(trial):
     """What the search minimizes; of a training that diverged, infinity."""
-    return trial.metrics[0] if math.isfinite(trial.metrics[0]) else math.inf
+    cost, losses = trial.metrics[0], trial.losses
+    # The training loss may end finite, but above where it began.
+    has_learned = np.mean(losses[-math.ceil(len(losses) / 10) :]) <= losses[0]
+    return cost if math.isfinite(cost) and has_learned else math.inf
 
 
 @dataclass

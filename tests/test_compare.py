@@ -39,10 +39,26 @@ def test_a_search_without_end_is_given_up():
     assert end == max(visited)
 
 
-def trial(method, learning_rate, seed, metric, task="flow"):
+def test_a_search_begins_again_below_what_diverged():
+    visited, end = searched(lambda e: math.inf if e > -3 else (e + 4) ** 2)
+    assert visited[:4] == [0, -1, -2, -3]
+    assert end == -4
+    visited, _ = searched(lambda e: math.inf)
+    assert visited == list(range(0, -_compare.MOST_RATES, -1))
+
+
+def trial(method, learning_rate, seed, metric, task="flow", losses=(1.0, 0.5)):
+    losses = np.array(losses)
     return _compare.Trial(
-        task, method, learning_rate, seed, [metric], 80, 10, 0.0, np.zeros(1)
+        task, method, learning_rate, seed, [metric], 80, 10, 0.0, losses
     )
+
+
+def test_what_diverged_is_not_the_best():
+    first = [1.0] * 20
+    for losses in (first + [1.1] * 3, [*first, math.nan], [math.nan] * 23):
+        assert _compare._cost(trial("Adam", 0.1, 0, 0.3, losses=losses)) == math.inf
+    assert _compare._cost(trial("Adam", 0.1, 0, 0.3, losses=first + [0.9] * 3)) == 0.3
 
 
 def test_methods_are_compared_in_pairs_at_their_best():
