@@ -87,6 +87,13 @@ def add_training_options(parser, choices: Mapping[str, Iterable[str]]) -> None:
     )
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C was the reason; JAX wraps one that comes as it compares trees."""
+    return isinstance(error, KeyboardInterrupt) or isinstance(
+        error.__cause__, KeyboardInterrupt
+    )
+
+
 def train_all(
     trainings: Iterable[Any],
     total: int | None,
@@ -106,7 +113,9 @@ def train_all(
                 save(done)
                 progress.set_description(describe(training), refresh=False)
                 progress.update()
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not is_interrupt(error):
+            raise
         interrupted = True
     if done:
         # Once more: the interrupt may have come while it saved.

@@ -19,7 +19,13 @@ import numpy as np
 import optax
 
 from adamax_jax._alias import adamax
-from adamax_jax._cli import environment, obstacle, positive_int, write_json
+from adamax_jax._cli import (
+    environment,
+    is_interrupt,
+    obstacle,
+    positive_int,
+    write_json,
+)
 from adamax_jax._digits import Digits, digits
 
 BATCH = 128
@@ -186,7 +192,9 @@ def run(options: argparse.Namespace) -> int:
     interrupted = False
     try:
         _train_all(runs, options.epochs, options.seed)
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not is_interrupt(error):
+            raise
         interrupted = True
     runs = [run for run in runs if run.costs]
     if runs:

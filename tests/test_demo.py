@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+from adamax_jax import _demo
+from adamax_jax.__main__ import main
+
 COMMAND = [sys.executable, "-m", "adamax_jax"]
 PNG = b"\x89PNG\r\n"
 
@@ -143,3 +146,18 @@ def test_interrupt_leaves_a_figure_of_what_was_done(tmp_path):
     assert b"AdaMax" in output
     assert b"Traceback" not in output
     assert (tmp_path / "adamax_demo.png").read_bytes().startswith(PNG)
+
+
+def test_an_interrupt_that_jax_wraps_is_one_and_an_error_is_none(monkeypatch, capsys):
+    def wrap(*_):
+        raise ValueError("while comparing") from KeyboardInterrupt()
+
+    monkeypatch.setattr(_demo, "_train_all", wrap)
+    assert main(["demo"]) == 130
+
+    def fail(*_):
+        raise ValueError("another")
+
+    monkeypatch.setattr(_demo, "_train_all", fail)
+    with pytest.raises(ValueError, match="another"):
+        main(["demo"])
