@@ -201,7 +201,7 @@ def lp_adam(
     larger p, the closer is the bound on a step to the learning rate, the larger is the
     best learning rate, and the longer are large first gradients remembered: warm up, or
     lower ``b2``. In this package's study (its README) no p above 2 was clearly better
-    than Adam, and 1 was where a transformer was trained without warm-up.
+    than Adam.
 
     Args:
       learning_rate: A number, a scalar array, or a schedule from the count of updates,

@@ -92,9 +92,9 @@ def scale_by_lp_adam(
 
     so that no power exceeds 1: it is stable for every p. In float32 and at the default
     ``b2``, a u of finite p is within 1e-5 of the exact one (relative), and within 1e-4
-    where gradients settle to a constant, after any number of steps. As the weights add
-    up to 1, it needs no correction, and remains a mean of the gradients where p or
-    ``b2`` changes on the way.
+    where gradients hardly change for thousands of steps. As the weights add up to 1, it
+    needs no correction, and remains a mean of the gradients where p or ``b2`` changes
+    on the way.
 
     While p and the decay rates are constant and :math:`\beta_1 < \beta_2`, no update
     without Nesterov momentum exceeds, by Hölder's inequality with q the conjugate of p,
@@ -111,7 +111,8 @@ def scale_by_lp_adam(
     gradient's dtype. Complex gradients count by their modulus. A gradient of ``None``
     leaves that part of the state as it is. Unlike AdaMax's, a u of finite p is an
     average, which drifts if it is rounded at every step: it is stored in float32 at
-    least, also where the parameters have fewer bits.
+    least, also where the parameters have fewer bits. m has the parameters' dtype; in
+    bfloat16 it does not follow slow changes where ``b1`` is above about 0.9.
 
     Args:
       p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
