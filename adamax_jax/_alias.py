@@ -198,10 +198,9 @@ def lp_adam(
 
     with :math:`m_t` and :math:`u_t` as in :func:`scale_by_lp_adam`: Adam at p = 2 (with
     the square root of its ``b2``), AdaMax at p = infinity, and stable between them. The
-    larger p, the closer is the bound on a step to the learning rate, the larger is the
-    best learning rate, and the longer are large first gradients remembered: warm up, or
-    lower ``b2``. In this package's study (its README) no p above 2 was clearly better
-    than Adam.
+    larger p, the closer is the longest step to the learning rate (to within 1 %), and
+    the more do large first gradients count: warm up, or lower ``b2``. In this package's
+    study (its README) no p above 2 was clearly better than Adam.
 
     Args:
       learning_rate: A number, a scalar array, or a schedule from the count of updates,
