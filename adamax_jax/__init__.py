@@ -2,22 +2,45 @@
 
 from importlib.metadata import version
 
-from adamax_jax._alias import adamax as adamax
-from adamax_jax._alias import adamaxw as adamaxw
-from adamax_jax._alias import lp_adam as lp_adam
-from adamax_jax._alias import lp_adamw as lp_adamw
-from adamax_jax._convert import convert_state as convert_state
-from adamax_jax._convert import moments as moments
-from adamax_jax._diagnose import Diagnosis as Diagnosis
-from adamax_jax._diagnose import diagnose as diagnose
-from adamax_jax._interchange import from_optax as from_optax
-from adamax_jax._interchange import from_torch as from_torch
-from adamax_jax._interchange import insert_state as insert_state
-from adamax_jax._interchange import to_optax as to_optax
-from adamax_jax._lp import ScaleByLpAdamState as ScaleByLpAdamState
-from adamax_jax._lp import scale_by_lp_adam as scale_by_lp_adam
-from adamax_jax._sharding import zero_shardings as zero_shardings
-from adamax_jax._transform import ScaleByAdamaxState as ScaleByAdamaxState
-from adamax_jax._transform import scale_by_adamax as scale_by_adamax
+# AdaMax, and the family it is the end of.
+from adamax_jax._adamax import ScaleByAdamaxState, adamax, adamaxw, scale_by_adamax
+
+# Figures of a state.
+from adamax_jax._diagnose import Diagnosis, diagnose
+
+# States of other libraries.
+from adamax_jax._interop import from_optax, from_torch, to_optax
+from adamax_jax._lp_adam import (
+    ScaleByLpAdamState,
+    lp_adam,
+    lp_adamw,
+    scale_by_lp_adam,
+)
+
+# A state: read, stored otherwise, put into an optimizer.
+from adamax_jax._state import convert_state, insert_state, moments
+
+# A state on many devices.
+from adamax_jax._zero import zero_shardings
 
 __version__ = version("adamax_jax")
+
+__all__ = [
+    "Diagnosis",
+    "ScaleByAdamaxState",
+    "ScaleByLpAdamState",
+    "adamax",
+    "adamaxw",
+    "convert_state",
+    "diagnose",
+    "from_optax",
+    "from_torch",
+    "insert_state",
+    "lp_adam",
+    "lp_adamw",
+    "moments",
+    "scale_by_adamax",
+    "scale_by_lp_adam",
+    "to_optax",
+    "zero_shardings",
+]

@@ -6,22 +6,16 @@ dtypes): a hyperparameter may be a traced array, whose value nobody knows yet.
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamax_jax._paths import is_inside, name_of
 from adamax_jax._storage import is_ratio
 
-_FLOATS = (
-    "float64",
-    "float32",
-    "bfloat16",
-    "float16",
-    "float8_e4m3fn",
-    "float8_e5m2",
-)
 _COMPLEX_PARTS = (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
 
 
@@ -50,11 +44,10 @@ def check_finite(name: str, value: Any) -> Any:
     return _check_scalar(name, value, "finite", math.isfinite)
 
 
-def check_dtype(name: str, value: Any, integer: str) -> Any:
+def check_dtype(name: str, value: Any, allowed: Sequence[str]) -> Any:
     """Returns what to store in as a dtype, refusing what has no meaning here."""
     if value is None:
         return None
-    allowed = (*_FLOATS, integer)
     try:
         dtype = jnp.dtype(value)
     except TypeError as error:
@@ -165,15 +158,14 @@ def check_gradients(updates: Any, m: Any) -> None:
 
 def check_shapes(updates: Any, params: Any) -> None:
     """Refuses parameters of another shape than the gradients."""
-
-    def check(path, g, p):
+    gradients = jax.tree.leaves_with_path(updates, is_leaf=_is_none)
+    treedef = jax.tree.structure(updates, is_leaf=_is_none)
+    for (path, g), p in zip(gradients, treedef.flatten_up_to(params), strict=True):
         if g is not None and jnp.shape(g) != jnp.shape(p):
             raise ValueError(
                 f"The gradient at {name_of(path)} has shape {jnp.shape(g)}, but the "
                 f"parameter has shape {jnp.shape(p)}."
             )
-
-    jax.tree_util.tree_map_with_path(check, updates, params, is_leaf=_is_none)
 
 
 def _kind(leaf):
@@ -209,7 +201,7 @@ def _structure_message(updates, m):
     expected = dict(jax.tree.leaves_with_path(m, is_leaf=_is_none))
     without_gradient = [path for path, g in given.items() if g is None]
     for path, moment in expected.items():
-        covered = any(path[: len(none)] == none for none in without_gradient)
+        covered = any(is_inside(path, none) for none in without_gradient)
         if path not in given and not covered:
             shape = "None" if moment is None else f"one of shape {moment.shape}"
             return (
@@ -217,8 +209,7 @@ def _structure_message(updates, m):
                 f"state has {shape}."
             )
     for path in given:
-        covered = any(state_path[: len(path)] == path for state_path in expected)
-        if not covered:
+        if not any(is_inside(state_path, path) for state_path in expected):
             return (
                 f"The gradients have a leaf at {name_of(path)}, where the optimizer "
                 "state has none."
@@ -231,8 +222,3 @@ def _structure_message(updates, m):
 
 def _is_none(leaf):
     return leaf is None
-
-
-def name_of(path: Any) -> str:
-    """A path in a tree, as an error shows it."""
-    return jax.tree_util.keystr(path) or "the root of the tree"

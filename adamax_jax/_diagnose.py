@@ -9,9 +9,10 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from adamax_jax import _storage
-from adamax_jax._checks import check_eps, name_of
-from adamax_jax._convert import find_states, scale_of
+from adamax_jax._checks import check_eps
+from adamax_jax._paths import name_of
+from adamax_jax._state import find_states, scale_of
+from adamax_jax._storage import as_stored, is_saturated, read
 
 # |m| below this share of u: recent gradients are far below those that u remembers.
 _STALE = 1e-3
@@ -125,7 +126,7 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
             name = prefix + jax.tree_util.keystr(path) or name_of(path)
             sums[name] = _sums(m, u, u_scale, eps)
     return Diagnosis(
-        total=_figures(_together(sums.values())),
+        total=_figures(_over_all(sums.values())),
         leaves={name: _figures(leaf) for name, leaf in sums.items()},
     )
 
@@ -145,16 +146,16 @@ class _Sums(NamedTuple):
 
 @jax.jit
 def _sums(stored_m, stored_u, u_scale, eps):
-    u = _storage.decode_u(stored_u, u_scale)
-    m = jnp.abs(_storage.decode_m(stored_m, u)).astype(u.dtype)
+    m, u = read(stored_m, stored_u, u_scale)
+    m = jnp.abs(m).astype(u.dtype)
     ratio = jnp.where(u == 0, 0, m / jnp.where(u == 0, 1, u))
     # The optimizer's eps may have been rounded to float32.
     floor = jnp.asarray(eps, u.dtype) * (1 + 2**-20)
-    floor = _storage.encode_u(floor, u_scale, stored_u.dtype)
+    floor = as_stored(floor, u_scale, stored_u.dtype)
     # Without m, gradients below the smallest number of a dtype would be none at all.
     # NaN counts as seen.
-    seen = ~((stored_u <= floor) & (stored_m == 0))
-    saturated = _storage.is_saturated_m(stored_m) | _storage.is_saturated_u(stored_u)
+    seen = ~((u <= floor) & (stored_m == 0))
+    saturated = is_saturated(stored_m, stored_u)
 
     def count(where):
         return jnp.sum(where, dtype=jnp.float32)
@@ -174,7 +175,7 @@ def _sums(stored_m, stored_u, u_scale, eps):
     )
 
 
-def _together(sums):
+def _over_all(sums):
     columns = _Sums(*(jnp.asarray(c) for c in zip(_Sums(), *sums, strict=True)))
     return _Sums(
         *(jnp.sum(column) for column in columns[:-3]),

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -28,25 +27,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adamax_jax import _shapes
-from adamax_jax._alias import adamax, lp_adam
-from adamax_jax._cli import environment, obstacle, positive_int, write_json
+from adamax_jax import adamax, lp_adam
+from adamax_jax._lab import shapes
+from adamax_jax._lab.cli import Command, environment, figure_path, positive_int
 
 REFERENCE = "optax.adamax"
 AGAIN = "optax.adamax, again"
 LEARNING_RATE = 1e-3
 WARM_UP = 3
-# Before each step that is timed, its contender takes others for so many seconds: the
-# one before it leaves threads spinning and memory to be freed.
+# The contender before leaves threads spinning and memory to be freed. So each takes
+# steps that are not timed for so many seconds, before the one that is.
 SETTLE = 0.05
 SIZES = (100_000, 400_000, 1_600_000, 6_400_000, 16_000_000, 64_000_000)
 TREES = {
-    "transformer": _shapes.transformer(),
-    "ResNet-50": _shapes.resnet50(),
-    "1000 of 1000": _shapes.many(),
+    "transformer": shapes.transformer(),
+    "ResNet-50": shapes.resnet50(),
+    "1000 of 1000": shapes.many(),
 }
 MANY = "1000 of 1000"
-FIGURES = (".pdf", ".png", ".svg")
 # Distribution packages of the contenders that are measured where they are installed.
 OPTIONAL = ("torch", "flashoptim-jax")
 
@@ -69,12 +67,12 @@ Tree = dict[str, jax.Array]
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def gradients_for(shapes: Mapping[str, tuple[int, ...]]) -> Tree:
+def gradients_for(arrays: Mapping[str, shapes.Shape]) -> Tree:
     """Normal numbers."""
     rng = np.random.default_rng(0)
     return {
         name: jnp.asarray(rng.standard_normal(shape, np.float32))
-        for name, shape in shapes.items()
+        for name, shape in arrays.items()
     }
 
 
@@ -264,38 +262,36 @@ class StepRow:
 
 
 def step_rows(
-    arrays: str, shapes: Mapping[str, tuple[int, ...]], rounds: int
+    name: str, arrays: Mapping[str, shapes.Shape], rounds: int
 ) -> list[StepRow]:
     """Times the compiled steps of all contenders on one tree."""
-    gradients = gradients_for(shapes)
-    runs = make_runs(gradients, flattened=len(shapes) > 1)
+    runs = make_runs(gradients_for(arrays), flattened=len(arrays) > 1)
     seconds = take_turns(runs, rounds)
-    parameters = sum(math.prod(shape) for shape in shapes.values())
+    parameters = sum(math.prod(shape) for shape in arrays.values())
     bandwidth = [runs["copy"].moved_bytes / s for s in seconds["copy"]]
     return [
         StepRow(
-            arrays=arrays,
-            leaves=len(shapes),
+            arrays=name,
+            leaves=len(arrays),
             parameters=parameters,
-            contender=name,
-            milliseconds=spread([1e3 * s for s in seconds[name]]),
+            contender=contender,
+            milliseconds=spread([1e3 * s for s in times]),
             ratio=spread(
-                [s / r for s, r in zip(seconds[name], seconds[REFERENCE], strict=True)]
+                [s / r for s, r in zip(times, seconds[REFERENCE], strict=True)]
             ),
             state_bytes_per_parameter=run.state_bytes / parameters,
             moved_bytes_per_parameter=run.moved_bytes / parameters,
             gigabytes_per_second=statistics.median(
-                run.moved_bytes / s / 1e9 for s in seconds[name]
+                run.moved_bytes / s / 1e9 for s in times
             ),
             share_of_bandwidth=statistics.median(
-                run.moved_bytes / s / b
-                for s, b in zip(seconds[name], bandwidth, strict=True)
+                run.moved_bytes / s / b for s, b in zip(times, bandwidth, strict=True)
             ),
             temporary_bytes_per_parameter=None
             if run.temporary_bytes is None
             else run.temporary_bytes / parameters,
         )
-        for name, run in runs.items()
+        for (contender, run), times in zip(runs.items(), seconds.values(), strict=True)
     ]
 
 
@@ -309,6 +305,9 @@ class CallRow:
     rounds: int
     milliseconds: Spread
     ratio: Spread
+
+
+Row = StepRow | CallRow
 
 
 def _call_rows(what, seconds):
@@ -332,12 +331,12 @@ def uncompiled_rows(rounds: int) -> list[CallRow]:
     gradients = gradients_for(TREES[MANY])
     params = jax.tree.map(jnp.ones_like, gradients)
 
-    def run(optimizer):
+    def call(optimizer):
         state = optimizer.init(params)
         return lambda: jax.block_until_ready(optimizer.update(gradients, state, params))
 
-    runs = {name: run(optimizer) for name, optimizer in OPTIMIZERS.items()}
-    return _call_rows("update, not compiled", take_turns(runs, rounds))
+    calls = {name: call(optimizer) for name, optimizer in OPTIMIZERS.items()}
+    return _call_rows("update, not compiled", take_turns(calls, rounds))
 
 
 def compile_rows(rounds: int) -> list[CallRow]:
@@ -374,7 +373,7 @@ def _compile(optimizer, gradients):
     return middle - start, end - middle
 
 
-def markdown(rows: Sequence[StepRow | CallRow]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
     """The tables: one for compiled steps, one for the other times."""
     steps = [row for row in rows if isinstance(row, StepRow)]
     calls = [row for row in rows if isinstance(row, CallRow)]
@@ -443,14 +442,14 @@ def _caption(settings):
     )
 
 
-def draw(rows: Sequence[StepRow], title: str, path: Path) -> None:
+def draw(rows: Sequence[Row], options: argparse.Namespace) -> None:
     """Time and state per parameter against the size of one array."""
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row.leaves == 1 and row.contender != AGAIN]
     by_contender: dict[str, list[StepRow]] = {}
     for row in rows:
-        by_contender.setdefault(row.contender, []).append(row)
+        if isinstance(row, StepRow) and row.leaves == 1 and row.contender != AGAIN:
+            by_contender.setdefault(row.contender, []).append(row)
     fig, (left, right) = plt.subplots(
         1, 2, figsize=(10, 4), constrained_layout=True, sharex=True
     )
@@ -474,8 +473,8 @@ def draw(rows: Sequence[StepRow], title: str, path: Path) -> None:
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     fig.legend(loc="outside right upper", frameon=False)
-    fig.suptitle(title, fontsize=9, color="0.4")
-    fig.savefig(path, dpi=150)
+    fig.suptitle(environment(), fontsize=9, color="0.4")
+    fig.savefig(options.figure, dpi=150)
     plt.close(fig)
 
 
@@ -493,15 +492,25 @@ _COLORS = (
 )
 
 
-def add_parser(commands) -> None:
-    """Adds the command ``bench`` to the command line."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure what an update costs, beside other optimizers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Measured where installed: " + ", ".join(OPTIONAL) + ".",
-    )
+def measure(max_size: int, rounds: int) -> Iterator[Sequence[Row]]:
+    """The rows of one set of measurements after another."""
+    sizes = [size for size in SIZES if size < max_size] + [max_size]
+    for size in sizes:
+        yield step_rows(f"one of {size:,}", {"array": (size,)}, rounds)
+    for name, arrays in TREES.items():
+        if _largest(arrays) <= max_size:
+            yield step_rows(name, arrays, rounds)
+    if _largest(TREES[MANY]) <= max_size:
+        yield uncompiled_rows(rounds)
+        # Of minutes, and far steadier.
+        yield compile_rows(max(1, rounds // 4))
+
+
+def _largest(arrays):
+    return max(math.prod(shape) for shape in arrays.values())
+
+
+def _add_options(parser):
     parser.add_argument(
         "--max-size",
         type=positive_int,
@@ -517,66 +526,32 @@ def add_parser(commands) -> None:
         help="rounds of which the medians are taken (default: %(default)s)",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="where to save all numbers"
+        "--figure",
+        type=figure_path,
+        metavar="PATH",
+        help="where to save the figure",
     )
-    parser.add_argument(
-        "--figure", type=Path, metavar="PATH", help="where to save the figure"
-    )
-    parser.set_defaults(run=run)
 
 
-def measure(max_size: int, rounds: int) -> Iterator[list[StepRow] | list[CallRow]]:
-    """The rows of one set of measurements after another."""
-    sizes = [size for size in SIZES if size < max_size] + [max_size]
-    for size in sizes:
-        yield step_rows(f"one of {size:,}", {"array": (size,)}, rounds)
-    for name, shapes in TREES.items():
-        if _largest(shapes) <= max_size:
-            yield step_rows(name, shapes, rounds)
-    if _largest(TREES[MANY]) <= max_size:
-        yield uncompiled_rows(rounds)
-        # Of minutes, and far steadier.
-        yield compile_rows(max(1, rounds // 4))
+def _rows_of(results):
+    """The rows of all sets of measurements."""
+    return [row for rows in results for row in rows]
 
 
-def _largest(shapes):
-    return max(math.prod(shape) for shape in shapes.values())
-
-
-def run(options: argparse.Namespace) -> int:
-    """Measures all, saving after each; prints the tables; returns the exit status."""
-    needed = ["matplotlib"] if options.figure else []
-    trouble = obstacle("figure", (options.json, options.figure), needed)
-    if trouble is not None:
-        print(trouble, file=sys.stderr)
-        return 1
-    if options.figure and options.figure.suffix not in FIGURES:
-        print(f"--figure must end in {' or '.join(FIGURES)}.", file=sys.stderr)
-        return 1
-    settings = _settings(options)
-    rows: list[StepRow | CallRow] = []
-    try:
-        for more in measure(options.max_size, options.repetitions):
-            rows += more
-            _save(rows, settings, options)
-            print(f"measured: {more[0].arrays}", file=sys.stderr)
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        # What was measured is shown, also after an error.
-        if rows:
-            _save(rows, settings, options)
-            print(f"\n{markdown(rows)}\n{_caption(settings)}", end="")
-            for path in (options.json, options.figure):
-                if path is not None:
-                    print(f"Saved: {path.resolve()}")
-    return 0
-
-
-def _save(rows, settings, options):
-    if options.json is not None:
-        table = [asdict(row) for row in rows]
-        write_json(options.json, settings | {"rows": table})
-    if options.figure is not None:
-        steps = [row for row in rows if isinstance(row, StepRow)]
-        draw(steps, settings["environment"], options.figure)
+COMMAND = Command(
+    name="bench",
+    help="measure what an update costs, beside other optimizers",
+    description=__doc__,
+    epilog="Measured where installed: " + ", ".join(OPTIONAL) + ".",
+    add_options=_add_options,
+    needs=lambda options: ["matplotlib"] if options.figure else [],
+    results=lambda options: measure(options.max_size, options.repetitions),
+    describe=lambda rows: rows[0].arrays,
+    text=lambda results, options: (
+        f"{markdown(_rows_of(results))}\n{_caption(_settings(options))}"
+    ),
+    numbers=lambda results, options: (
+        _settings(options) | {"rows": [asdict(row) for row in _rows_of(results)]}
+    ),
+    draw=lambda results, options: draw(_rows_of(results), options),
+)

@@ -1,6 +1,5 @@
 """States of other libraries' AdaMax, and back to Optax."""
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,17 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
-from adamax_jax._checks import name_of
-from adamax_jax._convert import (
-    array_in,
-    decode,
-    map_states,
-    store_like,
-    the_state,
-)
-from adamax_jax._transform import ScaleByAdamaxState
+from adamax_jax._adamax import ScaleByAdamaxState
+from adamax_jax._paths import name_of
+from adamax_jax._shared import reshare
+from adamax_jax._state import map_states, read_moments
 
 
 def from_optax(state: optax.OptState) -> optax.OptState:
@@ -168,143 +161,20 @@ def from_torch(
     )
 
 
-def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.OptState:
-    """An optimizer's new state, to go on from where another AdaMax was.
-
-    Of the :class:`ScaleByAdamaxState` in it, count, m and u become those given, stored
-    in the dtypes, the sharding and the containers (Flax NNX) of the new state.
-    Schedules of the learning rate, of the weight decay and of
-    ``optax.inject_hyperparams`` go on from the count, too. All else stays new.
-
-    Where the new optimizer shares u along axes and the old one did not, u becomes its
-    maximum along them, which is what it would have been. Along axes that only the old
-    one shared it is repeated.
-
-    (``optax.tree.set`` would leave m and u as they are inside
-    ``optax.inject_hyperparams``, without a word.)
-
-    Args:
-      state: What the optimizer's ``init`` returned, with one
-        :class:`ScaleByAdamaxState` in it.
-      adamax_state: What to go on from: a :class:`ScaleByAdamaxState`, or an optimizer's
-        state with one in it. It may have parts that the optimizer leaves out
-        (``optax.masked``, ``optax.partition``).
-
-    Returns:
-      The state; it shares no memory with ``adamax_state``.
-
-    Raises:
-      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in one of the
-        two, or they differ in the paths or shapes of m or u.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> from adamax_jax import adamax, insert_state
-      >>> params = jnp.ones(2)
-      >>> old = adamax().init(params)[0]._replace(count=jnp.int32(7))
-      >>> optimizer = adamax(optax.cosine_decay_schedule(1e-2, decay_steps=100))
-      >>> state = insert_state(optimizer.init(params), old)
-      >>> state[0].count, state[1].count
-      (Array(7, dtype=int32), Array(7, dtype=int32))
-    """
-    target, given = the_state(state), the_state(adamax_state)
-    given = ScaleByAdamaxState(
-        count=jax.tree.map(lambda _: array_in(given.count), target.count),
-        m=_leaves_for(target.m, given.m),
-        u=_leaves_for(target.u, given.u, fits=_is_u_of),
-        u_scale=jax.tree.map(lambda _: array_in(given.u_scale), target.u_scale),
-    )
-    given = jax.tree.map(_place, store_like(given, target), target)
-    state = map_states(lambda _: given, state)
-    return _set_counts(state, array_in(given.count))
-
-
 def _from_scale_by_adam(state):
     return ScaleByAdamaxState(
         count=state.count,
         m=state.mu,
         u=jax.tree.map(jnp.real, state.nu),
-        # Like the other scalar, which Flax NNX wraps and vmap gives an axis.
+        # In the container and with the axes that count has: Flax NNX wraps scalars, and
+        # vmap gives them an axis.
         u_scale=jax.tree.map(lambda c: jnp.ones_like(c, jnp.float32), state.count),
     )
 
 
-def _is_u_of(shape, other):
-    """Whether u of one shape becomes u of another by sharing or by repeating it."""
-    return len(shape) == len(other) and all(
-        size == kept or 1 in (size, kept)
-        for size, kept in zip(shape, other, strict=True)
-    )
-
-
-def _leaves_for(target, given, fits=operator.eq):
-    """The given leaves in the target's containers, found by their paths."""
-    leaves = dict(jax.tree.leaves_with_path(given))
-
-    def find(path, old):
-        # A container around a single array adds an entry: Flax NNX's variables.
-        found = path if path in leaves else path[:-1]
-        if found not in leaves:
-            raise ValueError(f"The state to insert has no leaf at {name_of(path)}.")
-        new = leaves.pop(found)
-        if not fits(new.shape, old.shape):
-            raise ValueError(
-                f"The state to insert has shape {new.shape} at {name_of(found)}, where "
-                f"the optimizer's has {old.shape}."
-            )
-        return new
-
-    result = jax.tree_util.tree_map_with_path(find, target)
-    masked = [
-        path
-        for path, leaf in jax.tree.leaves_with_path(target, is_leaf=_is_masked)
-        if _is_masked(leaf)
-    ]
-    for path in leaves:
-        if not any(path[: len(prefix)] == prefix for prefix in masked):
-            raise ValueError(
-                f"The optimizer's state has no leaf at {name_of(path)}, where the "
-                "state to insert has one."
-            )
-    return result
-
-
-def _is_masked(leaf):
-    return isinstance(leaf, optax.MaskedNode)
-
-
-def _place(new, old):
-    """A copy that lies where the old array lies; inside of jax.jit, anywhere."""
-    copy = jnp.array(new)
-    return copy if isinstance(old, Tracer) else jax.device_put(copy, old.sharding)
-
-
-def _set_counts(tree, count):
-    """Sets the count of every schedule in a state."""
-    # The last is not public. It is not made on import, which would start the devices.
-    types = (
-        optax.ScaleByScheduleState,
-        optax.InjectHyperparamsState,
-        optax.InjectStatefulHyperparamsState,
-        type(optax.schedules.WrappedSchedule(lambda count: count).init()),
-    )
-
-    def set_count(node):
-        if not isinstance(node, types):
-            return node
-        fields = {
-            name: _set_counts(value, count) for name, value in node._asdict().items()
-        }
-        # Each its own copy: an array may be donated only once.
-        fields["count"] = jax.tree.map(lambda old: _place(count, old), node.count)
-        return node._replace(**fields)
-
-    return jax.tree.map(set_count, tree, is_leaf=lambda x: isinstance(x, types))
-
-
 def _to_scale_by_adam(state):
-    m, u = decode(state)
-    nu = jax.tree.map(lambda m, u: jnp.broadcast_to(u, m.shape), m, u)
+    m, u = read_moments(state)
+    nu = jax.tree.map(lambda m, u: reshare(u, m.shape), m, u)
     return optax.ScaleByAdamState(count=state.count, mu=m, nu=nu)
 
 
@@ -354,10 +224,10 @@ def _converted(convert, states, key):
             f"convert asked for {error}, which is not among names: an optimizer keeps "
             "nothing for buffers, and tied weights under one name."
         ) from error
-    return jax.tree_util.tree_map_with_path(_uncast, tree)
+    return jax.tree_util.tree_map_with_path(_same_numbers, tree)
 
 
-def _uncast(path, x):
+def _same_numbers(path, x):
     """The array, refusing what JAX would cast or PyTorch means otherwise."""
     given = x.dtype if isinstance(x, jax.Array) else np.asarray(x).dtype
     # A copy: PyTorch goes on writing to the memory that the converter may share.

@@ -1,4 +1,4 @@
-"""The four tasks of ``python -m adamax_jax study``: small models on real data."""
+"""What is trained: small models on real data, each with how it is trained."""
 
 import functools
 import math
@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-from adamax_jax._digits import digits
 
 # Files that every CPython since 3.11 has under these names.
 TEXT = (
@@ -39,7 +37,7 @@ class Problem(NamedTuple):
     loss: Callable[[Any, Any, jax.Array], jax.Array]
     # Arrays whose first axis counts the examples.
     examples: Any
-    # From the parameters to what the study compares, under the task's `metrics`.
+    # From the parameters to what is compared, under the task's `metrics`.
     measure: Callable[[Any], tuple[jax.Array, ...]]
 
 
@@ -67,6 +65,31 @@ class Task(NamedTuple):
             return fall
         rising = optax.linear_schedule(0.0, learning_rate, rise)
         return optax.join_schedules([rising, fall], [rise])
+
+
+class _Digits(NamedTuple):
+    """Images in [0, 1], shape (n, 64), and labels, shape (n,), in two parts."""
+
+    train_images: np.ndarray
+    test_images: np.ndarray
+    train_labels: np.ndarray
+    test_labels: np.ndarray
+
+
+def _digits() -> _Digits:
+    """scikit-learn's digits; a fifth of each kind, always the same, is for the test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(
+        np.float32(images / 16),
+        np.int32(labels),
+        test_size=0.2,
+        stratify=labels,
+        random_state=0,
+    )
+    return _Digits(*map(np.asarray, parts))
 
 
 def _functional(make_model):
@@ -100,7 +123,7 @@ def _mlp() -> Problem:
                     x = jnp.where(jax.random.bernoulli(now, 0.5, x.shape), 2 * x, 0)
             return self.output(x)
 
-    data = digits()
+    data = _digits()
     init, model = _functional(MLP)
 
     def cross_entropy(params, images, labels, key=None):
@@ -157,7 +180,7 @@ def _vae() -> Problem:
             logits = self.up1(nnx.relu(self.up2(x.reshape(-1, 2, 2, 32))))
             return logits, mean, log_variance
 
-    data = digits()
+    data = _digits()
     train, test = (
         x.reshape(-1, 8, 8, 1) for x in (data.train_images, data.test_images)
     )
@@ -354,3 +377,4 @@ LARGER = {
     ),
     "transformer, long": _warm._replace(steps=2400),
 }
+ALL_TASKS = TASKS | LARGER

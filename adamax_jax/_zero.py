@@ -9,7 +9,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adamax_jax._checks import name_of
+from adamax_jax._paths import ends_of, name_of
+from adamax_jax._shared import is_shared, spec_of_shared
 
 _MOST_NAMED = 10
 
@@ -101,9 +102,7 @@ def zero_shardings(
             if leaf.size > 1:
                 undivided.append((path, leaf))
             spread = spec
-        if leaf.shape != shape:
-            spread = _without_shared(spread, shape, leaf.shape)
-        return NamedSharding(mesh, spread)
+        return NamedSharding(mesh, spec_of_shared(spread, shape, leaf.shape))
 
     state = jax.eval_shape(optimizer.init, params)
     shardings = jax.tree_util.tree_map_with_path(shard, state)
@@ -121,35 +120,23 @@ def _specs_by_end(params, mesh):
     specs = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         spec = _own_spec(path, leaf, mesh)
-        for start in range(max(1, len(path))):
-            specs.setdefault((path[start:], jnp.shape(leaf)), spec)
+        # The empty end of a path is that of every other, too: not a name, unless the
+        # parameter is the whole tree.
+        for end in ends_of(path)[: max(1, len(path))]:
+            specs.setdefault((end, jnp.shape(leaf)), spec)
     return specs
 
 
 def _parameter_of(path, shape, own):
     """The shape and the spec of the parameter that an array of the state belongs to."""
-    ends = [path[start:] for start in range(len(path) + 1)]
+    ends = ends_of(path)
     for end in ends:
         if (end, shape) in own:
             return shape, own[end, shape]
     for (end, other), spec in own.items():
-        if end in ends and _is_shared(shape, other):
+        if end in ends and len(shape) > 1 and is_shared(shape, other):
             return other, spec
     return shape, PartitionSpec()
-
-
-def _is_shared(shape, other):
-    """Whether an array of one shape is one of the other, shared along some axes."""
-    return len(shape) == len(other) > 1 and all(
-        kept in (1, size) for kept, size in zip(shape, other, strict=True)
-    )
-
-
-def _without_shared(spec, shape, shared):
-    """The spec of an array that has size 1 where one of another shape has not."""
-    entries = [*spec, *[None] * (len(shape) - len(spec))]
-    sizes = zip(entries, shape, shared, strict=True)
-    return PartitionSpec(*(e if size == kept else None for e, size, kept in sizes))
 
 
 def _own_spec(path, leaf, mesh):

@@ -2,23 +2,14 @@
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.typing import ArrayLike
 
-from adamax_jax._adam import (
-    Leaf,
-    corrected_mean,
-    divide,
-    is_surely_positive,
-    one_minus_power,
-    quotient,
-    update_leaves,
-)
 from adamax_jax._checks import (
     check_decay,
     check_eps,
@@ -26,11 +17,24 @@ from adamax_jax._checks import (
     check_order,
     check_params,
 )
-from adamax_jax._storage import complex_dtype
+from adamax_jax._complex import by_parts, cast
+from adamax_jax._descend import decayed_weights, descend
+from adamax_jax._leaves import update_leaves
+from adamax_jax._moments import (
+    Coefficients,
+    Rule,
+    coefficients,
+    divide,
+    is_surely_positive,
+    mean_and_step,
+    one_minus_power,
+)
+from adamax_jax._storage import arithmetic_dtype, is_ratio, read, write
 
-# In the place of infinity, where a power of the ratio 1 would be undefined; in float32
-# what it gives is the same, and its product with any count is finite.
-_LARGEST = 1e28
+# Stands for an order of infinity. A power of 1 to it is 1, where 1^infinity is not
+# defined, and its product with any count is finite; in float32 the results are those
+# of infinity.
+_INFINITE_ORDER = 1e28
 # Whole powers up to this one are taken by products, in half the time of exp and log.
 _LARGEST_PRODUCT = 64
 
@@ -122,8 +126,9 @@ def scale_by_lp_adam(
         0/0 is 0: a coordinate that never saw a gradient does not move.
       nesterov: Whether to look one step ahead in the mean, as
         ``optax.adam(nesterov=True)`` does.
-      eps_inside: Whether ``eps`` is added to :math:`|g_t|`, as :func:`scale_by_adamax`
-        does by default, or to the denominator as above, as Adam does.
+      eps_inside: Whether ``eps`` is added to :math:`|g_t|`, or to the denominator as
+        above. False by default, since this takes the place of ``optax.scale_by_adam``;
+        True in :func:`scale_by_adamax`, which takes that of ``optax.scale_by_adamax``.
 
     ``p``, ``b1``, ``b2`` and ``eps`` may be traced scalars, for instance those of
     ``optax.inject_hyperparams`` (with half-precision parameters pass that
@@ -164,23 +169,17 @@ def scale_by_lp_adam(
     b1 = check_decay("b1", b1)
     b2 = check_decay("b2", b2)
     eps = check_eps("eps", eps)
-    is_maximum = isinstance(p, float) and math.isinf(p)
-    # Added to the gradient, eps has a weight that may flush it to 0.
-    is_floor = is_maximum or not eps_inside
-    rule = _Rule(
-        nesterov=nesterov,
-        eps_inside=eps_inside,
-        eps_is_positive=is_floor and is_surely_positive(eps),
-        is_maximum=is_maximum,
-        whole_p=_whole(p),
-    )
+    known_p = _known(p)
+    # Inside of a mean, which is not a maximum, eps has a weight that may make it 0.
+    is_floor = known_p == math.inf or not eps_inside
+    rule = Rule(nesterov, eps_inside, is_positive=is_floor and is_surely_positive(eps))
 
     def init_fn(params):
         check_params(params, None)
         return ScaleByLpAdamState(
             count=jnp.zeros([], jnp.int32),
-            m=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_mean_dtype(x)), params),
-            u=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_norm_dtype(x)), params),
+            m=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_m_dtype(x)), params),
+            u=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_u_dtype(x)), params),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -188,136 +187,219 @@ def scale_by_lp_adam(
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         t = jnp.asarray(count, float)
-        order = min(p, _LARGEST) if isinstance(p, float) else p
-        order = jnp.minimum(jnp.asarray(order, float), _LARGEST)
+        order = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
+        order = jnp.minimum(jnp.asarray(order, float), _INFINITE_ORDER)
         w = one_minus_power(b2, order) / one_minus_power(b2, order * t)
         # 1 - w is b2^p times 1 - w b2^(p (t - 1)), which comes to 1 in time. It is 0 at
         # the first step; but u is, too, and the root of 0 has no derivative.
         past = jnp.maximum(t - 1, 1)
         growth = jnp.log1p(-w * (1 - one_minus_power(b2, order * past))) / order
         rate = jnp.asarray(b2, float)
-        coefficients = _Coefficients(
+        c = _Coefficients(
+            mean=coefficients(b1, eps, t),
             p=order,
-            b1=b1,
-            one_minus_b1=1 - b1,
-            correction=1 / one_minus_power(b1, t),
-            next_correction=1 / one_minus_power(b1, t + 1),
-            # (1 - w)^(1/p), 1 minus it to all digits, and w^(1/p): b2, 1 - b2 and 1
-            # where p is infinity.
             decay=rate * jnp.exp(growth),
-            loss=jnp.asarray(1 - b2, float) - rate * jnp.expm1(growth),
+            one_minus_decay=jnp.asarray(1 - b2, float) - rate * jnp.expm1(growth),
             weight=jnp.exp(jnp.log(w) / order),
-            eps=eps,
         )
-        coefficients = _Coefficients(*(jnp.asarray(x, float) for x in coefficients))
-
-        def update_leaf(g, m, u):
-            if g is None:
-                return Leaf(None, m, u)
-            return Leaf(*_update_leaf(g, m, u, coefficients, rule))
-
-        step, m, u = update_leaves(update_leaf, updates, state.m, state.u)
+        c = cast(c, float)
+        step, m, u = update_leaves(
+            lambda g, m, u: _update_leaf(g, m, u, c, rule, known_p),
+            updates,
+            state.m,
+            state.u,
+        )
         return step, ScaleByLpAdamState(count, m, u)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Rule(NamedTuple):
-    """What is known of the equations before they are compiled."""
+def lp_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    p: ArrayLike,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    nesterov: bool = False,
+    eps_inside: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with the L^p norm in place of the root mean square.
 
-    nesterov: bool
-    eps_inside: bool
-    eps_is_positive: bool
-    is_maximum: bool
-    # None where it is not a small whole number, or not known.
-    whole_p: int | None
+    .. math::
+
+      \theta_t \leftarrow \theta_{t-1}
+        - \alpha_t \frac{m_t / (1 - \beta_1^t)}{u_t + \varepsilon}
+
+    with :math:`m_t` and :math:`u_t` as in :func:`scale_by_lp_adam`, which explains the
+    arguments that are not listed here: Adam at p = 2 (with the square root of its
+    ``b2``), AdaMax at p = infinity, and stable between them. The larger p, the closer
+    is the longest step to the learning rate (to within 1 %), and the more do large
+    first gradients count: warm up, or lower ``b2``. In this package's study (its
+    README) no p above 2 was clearly better than Adam.
+
+    Args:
+      learning_rate: A number, a scalar array, or a schedule from the count of updates,
+        starting at 0.
+      p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
+
+    Returns:
+      An optimizer whose updates are to be added to the parameters
+      (``optax.apply_updates``), in the gradients' dtypes. Its state is a tuple whose
+      first item is a :class:`ScaleByLpAdamState`.
+
+    Raises:
+      ValueError, TypeError: As :func:`scale_by_lp_adam`; also if ``learning_rate`` is
+        no finite number, scalar array or schedule.
+
+    Examples:
+      From Adam to AdaMax in the course of training:
+
+      >>> import jax.numpy as jnp, optax
+      >>> from adamax_jax import lp_adam
+      >>> optimizer = optax.inject_hyperparams(lp_adam)(
+      ...     learning_rate=0.1, p=lambda count: 2.0 + count.astype(float)
+      ... )
+      >>> x = jnp.array([1.0, -2.0])
+      >>> state = optimizer.init(x)
+      >>> for _ in range(3):
+      ...     updates, state = optimizer.update(2 * x, state, x)
+      ...     x = optax.apply_updates(x, updates)
+      >>> float(state.hyperparams["p"])
+      4.0
+
+    References:
+      Daley and Amato, `Investigating Alternatives to the Root Mean Square for Adaptive
+      Gradient Methods <https://arxiv.org/abs/2106.05449>`_, 2021.
+    """
+    scale = scale_by_lp_adam(p, b1, b2, eps, nesterov=nesterov, eps_inside=eps_inside)
+    return descend(scale, learning_rate)
+
+
+def lp_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    p: ArrayLike,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    eps_inside: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with the L^p norm and decoupled weight decay.
+
+    .. math::
+
+      \theta_t \leftarrow \theta_{t-1} - \alpha_t \left(
+        \frac{m_t / (1 - \beta_1^t)}{u_t + \varepsilon}
+        + \lambda_t\, \theta_{t-1} \right)
+
+    with :math:`m_t` and :math:`u_t` as in :func:`scale_by_lp_adam` and
+    :math:`\lambda_t` the ``weight_decay``, which never enters them.
+
+    Args:
+      learning_rate: As in :func:`lp_adam`; it multiplies the weight decay as well.
+      p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
+      weight_decay: As in :func:`adamaxw`.
+      mask: Which parameters decay, as in :func:`adamaxw`.
+
+    The other arguments are explained at :func:`scale_by_lp_adam`.
+
+    Returns:
+      An optimizer as :func:`lp_adam` returns; its ``update`` needs the parameters.
+
+    Raises:
+      ValueError, TypeError: As :func:`lp_adam`; ValueError also by ``update`` without
+        parameters, or with parameters of another shape than the gradients.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from adamax_jax import lp_adamw
+      >>> params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
+      >>> decayed = {"kernel": True, "bias": False}
+      >>> optimizer = lp_adamw(0.1, p=3, weight_decay=0.5, mask=decayed)
+      >>> no_gradient = {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}
+      >>> updates, _ = optimizer.update(no_gradient, optimizer.init(params), params)
+      >>> float(updates["kernel"][0]), float(updates["bias"][0]) + 0.0
+      (-0.10000000149011612, 0.0)
+
+    References:
+      As of :func:`adamaxw` and :func:`lp_adam`.
+    """
+    scale = scale_by_lp_adam(p, b1, b2, eps, nesterov=nesterov, eps_inside=eps_inside)
+    return descend(scale, learning_rate, decayed_weights(weight_decay, mask))
 
 
 class _Coefficients(NamedTuple):
     """The scalars of one step, the same for every leaf."""
 
+    mean: Coefficients
     p: ArrayLike
-    b1: ArrayLike
-    one_minus_b1: ArrayLike
-    correction: ArrayLike
-    next_correction: ArrayLike
+    # (1 - w)^(1/p), 1 minus it to all digits, and w^(1/p): b2, 1 - b2 and 1 where p is
+    # infinity.
     decay: ArrayLike
-    loss: ArrayLike
+    one_minus_decay: ArrayLike
     weight: ArrayLike
-    eps: ArrayLike
 
 
-@functools.partial(jax.jit, static_argnames="rule")
-def _update_leaf(g, stored_m, u, coefficients, rule):
+@functools.partial(jax.jit, static_argnames=("rule", "known_p"))
+def _update_leaf(g, stored_m, stored_u, c, rule, known_p):
     """One leaf's step in the gradient's dtype, and its new state."""
     g_dtype = jnp.result_type(g)
-    real = u.dtype
-    c = _Coefficients(*(jnp.asarray(x, real) for x in coefficients))
-    is_complex = jnp.iscomplexobj(g)
-    dtype = complex_dtype(real) if is_complex else real
-    m, g = stored_m.astype(dtype), jnp.asarray(g, dtype)
-    u = _norm(u, jnp.abs(g), c, rule)
-    if is_complex:
-        step_re, m_re = _lp_adam(g.real, m.real, u, c, rule)
-        step_im, m_im = _lp_adam(g.imag, m.imag, u, c, rule)
-        step, m = lax.complex(step_re, step_im), lax.complex(m_re, m_im)
-    else:
-        step, m = _lp_adam(g, m, u, c, rule)
-    if stored_m.dtype.itemsize < 4:
-        largest = float(jnp.finfo(stored_m.dtype).max)
-        m = jnp.where(jnp.isinf(m), m, jnp.clip(m, -largest, largest))
-    return step.astype(g_dtype), m.astype(stored_m.dtype), u
+    # m is no ratio and u is wide: they have no scale and are rounded to nearest.
+    m, u = read(stored_m, stored_u, u_scale=1)
+    g, m, u, c = cast((g, m, u, c), stored_u.dtype)
+    norm = jnp.abs(g) + c.mean.eps if rule.eps_inside else jnp.abs(g)
+    u = _mean_of_order_p(u, norm, c, known_p)
+    m, step = by_parts(lambda g, m: mean_and_step(g, m, u, c.mean, rule), g, m)
+    stored_m, stored_u = write(m, u, 1, stored_m.dtype, stored_u.dtype, dither=0.5)
+    return step.astype(g_dtype), stored_m, stored_u
 
 
-def _norm(u, norm, c, rule):
+def _mean_of_order_p(u, norm, c, known_p):
     """((1 - w) u^p + w |g|^p)^(1/p), no power of which exceeds 1."""
-    if rule.eps_inside:
-        norm = norm + c.eps
     old, new = c.decay * u, c.weight * norm
     maximum = jnp.maximum(old, new)
-    if rule.is_maximum:
+    if known_p == math.inf:
         return maximum
     is_old = new <= old
     high, low = jnp.where(is_old, old, new), jnp.where(is_old, new, old)
     ratio = divide(low, jnp.where(high == 0, 1, high))
-    gain = jnp.expm1(jnp.log1p(_power(ratio, c.p, rule)) / c.p)
+    gain = jnp.expm1(jnp.log1p(_power(ratio, c.p, known_p)) / c.p)
     # An average changes by little at a step and remembers an error of it for long: the
     # change is added to u, instead of multiplying by a number close to 1.
     is_close = is_old & (c.decay > 0.5)
     base = jnp.where(is_close, u, high)
-    change = jnp.where(is_close, c.decay * gain - c.loss, gain)
-    return jnp.where(c.p < _LARGEST, base + base * change, maximum)
+    change = jnp.where(is_close, c.decay * gain - c.one_minus_decay, gain)
+    return jnp.where(c.p < _INFINITE_ORDER, base + base * change, maximum)
 
 
-def _power(x, p, rule):
+def _power(x, p, known_p):
     """x^p for x in [0, 1]."""
-    if rule.whole_p is not None:
-        return x**rule.whole_p
+    if known_p is not None:
+        return x**known_p
     # A logarithm of 0 has no derivative, and one of the smallest number no second one.
     floor = float(jnp.finfo(x.dtype).tiny) ** 0.5
     return jnp.exp(p * jnp.log(jnp.maximum(x, floor)))
 
 
-def _lp_adam(g, m, u, c, rule):
-    """The step and the mean of real arrays."""
-    m = c.one_minus_b1 * g + c.b1 * m
-    m_hat = corrected_mean(g, m, c, rule.nesterov)
-    denominator = u if rule.eps_inside else u + c.eps
-    return quotient(m_hat, denominator, rule.eps_is_positive), m
+def _known(p):
+    """An order that shapes the compiled code: infinity, or a small whole number."""
+    if not isinstance(p, float):
+        return None
+    if math.isinf(p):
+        return p
+    return int(p) if p <= _LARGEST_PRODUCT and p.is_integer() else None
 
 
-def _whole(p):
-    is_small = isinstance(p, float) and p <= _LARGEST_PRODUCT
-    return int(p) if is_small and p.is_integer() else None
-
-
-def _mean_dtype(x):
+def _m_dtype(x):
     """The dtype of m for a parameter: its own, of 16 bits at least."""
     dtype = jnp.result_type(x)
-    return dtype if dtype.itemsize >= 2 else jnp.float32
+    return jnp.float32 if is_ratio(dtype) else dtype
 
 
-def _norm_dtype(x):
+def _u_dtype(x):
     """The dtype of u for a parameter: real, float32 at least."""
-    dtype = jnp.finfo(jnp.result_type(x)).dtype
-    return dtype if dtype.itemsize >= 4 else jnp.float32
+    return arithmetic_dtype(jnp.result_type(x))

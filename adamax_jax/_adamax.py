@@ -1,30 +1,14 @@
 """AdaMax as a gradient transformation: Kingma & Ba (2014), section 7.1."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from adamax_jax import _storage
-from adamax_jax._adam import (
-    Leaf,
-    corrected_mean,
-    is_surely_positive,
-    one_minus_power,
-    quotient,
-    update_leaves,
-)
-from adamax_jax._axes import (
-    SharedAxes,
-    axes_between,
-    axes_of,
-    check_shared_axes,
-    maximum,
-)
 from adamax_jax._checks import (
     check_decay,
     check_dtype,
@@ -32,6 +16,27 @@ from adamax_jax._checks import (
     check_gradients,
     check_params,
     check_ratio,
+)
+from adamax_jax._complex import by_parts, cast, dtype_like
+from adamax_jax._descend import decayed_weights, descend
+from adamax_jax._leaves import update_leaves
+from adamax_jax._moments import (
+    Coefficients,
+    Rule,
+    coefficients,
+    is_surely_positive,
+    mean_and_step,
+)
+from adamax_jax._shared import SharedAxes, check_shared_axes, maximum_over, zeros_shared
+from adamax_jax._storage import (
+    M_DTYPES,
+    U_DTYPES,
+    arithmetic_dtype,
+    decay_scale,
+    dither,
+    is_wide,
+    read,
+    write,
 )
 
 
@@ -143,7 +148,9 @@ def scale_by_adamax(
       eps_inside: Whether ``eps`` is added inside the maximum, as above and in Optax
         and PyTorch, or to the denominator, :math:`m_t / ((1-\beta_1^t)(u_t +
         \varepsilon))` with :math:`u_t = \max(\beta_2 u_{t-1}, |g_t|)`, as in Keras,
-        TensorFlow and MLX.
+        TensorFlow and MLX. True by default, since this takes the place of
+        ``optax.scale_by_adamax``; False in :func:`scale_by_lp_adam`, which takes that
+        of ``optax.scale_by_adam``.
       m_dtype: What m is stored in: None for the parameter's own dtype, "float32",
         "bfloat16", "float16", "float64" or, in one byte and as its ratio to u, "int8",
         "float8_e4m3fn" or "float8_e5m2" (these need ``b1 < b2``, which is not checked
@@ -204,23 +211,22 @@ def scale_by_adamax(
     b1 = check_decay("b1", b1)
     b2 = check_decay("b2", b2)
     eps = check_eps("eps", eps)
-    m_dtype = check_dtype("m_dtype", m_dtype, integer="int8")
-    u_dtype = check_dtype("u_dtype", u_dtype, integer="uint8")
+    m_dtype = check_dtype("m_dtype", m_dtype, M_DTYPES)
+    u_dtype = check_dtype("u_dtype", u_dtype, U_DTYPES)
     check_ratio(b1, b2, m_dtype)
     shared_axes = check_shared_axes(shared_axes)
-    rule = _Rule(nesterov, eps_inside, is_surely_positive(eps))
+    rule = Rule(nesterov, eps_inside, is_positive=is_surely_positive(eps))
 
     def init_fn(params):
         check_params(params, m_dtype)
         return ScaleByAdamaxState(
             count=jnp.zeros([], jnp.int32),
             m=jax.tree.map(
-                lambda p: jnp.zeros_like(p, dtype=_mean_dtype(p, m_dtype)), params
+                lambda p: jnp.zeros_like(p, dtype=_m_dtype(p, m_dtype)), params
             ),
             u=jax.tree_util.tree_map_with_path(
-                lambda path, p: _zeros_like_maximum(
-                    jnp.zeros_like(p, dtype=_norm_dtype(p, u_dtype)),
-                    axes_of(path, p, shared_axes),
+                lambda path, p: zeros_shared(
+                    path, p, _u_dtype(p, u_dtype), shared_axes
                 ),
                 params,
             ),
@@ -233,59 +239,177 @@ def scale_by_adamax(
         count = jnp.asarray(optax.safe_increment(state.count))
         t = jnp.asarray(count, float)
         u_scale = state.u_scale
-        if not all(_storage.is_wide(u.dtype) for u in jax.tree.leaves(state.u)):
-            u_scale = _storage.decay_scale(u_scale, jnp.asarray(b2, u_scale.dtype))
-        coefficients = _Coefficients(
-            b1=b1,
-            one_minus_b1=1 - b1,
-            correction=1 / one_minus_power(b1, t),
-            next_correction=1 / one_minus_power(b1, t + 1),
+        if not all(is_wide(u.dtype) for u in jax.tree.leaves(state.u)):
+            u_scale = decay_scale(u_scale, jnp.asarray(b2, u_scale.dtype))
+        c = _Coefficients(
+            mean=coefficients(b1, eps, t),
             b2=b2,
-            eps=eps,
             u_scale=state.u_scale,
             next_u_scale=u_scale,
-            dither=_storage.dither(count),
+            dither=dither(count),
         )
         # Arrays: numbers would be brought to the device for every leaf anew.
-        coefficients = _Coefficients(*(jnp.asarray(x, float) for x in coefficients))
-
-        def update_leaf(g, m, u):
-            if g is None:
-                return Leaf(None, *_without_gradient(m, u, coefficients, rule))
-            return Leaf(*_update_leaf(g, m, u, coefficients, rule))
-
-        step, m, u = update_leaves(update_leaf, updates, state.m, state.u)
+        c = cast(c, float)
+        step, m, u = update_leaves(
+            lambda g, m, u: _update_leaf(g, m, u, c, rule), updates, state.m, state.u
+        )
         return step, ScaleByAdamaxState(count=count, m=m, u=u, u_scale=u_scale)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _zeros_like_maximum(zeros, axes):
-    """Zeros that lie on the devices as the maximum over axes does."""
-    # The maximum of zeros itself would take the compiler seconds to evaluate.
-    return jnp.zeros_like(maximum(zeros, axes)) if axes else zeros
+def adamax(
+    learning_rate: optax.ScalarOrSchedule = 2e-3,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    nesterov: bool = False,
+    eps_inside: bool = True,
+    m_dtype: DTypeLike | None = None,
+    u_dtype: DTypeLike | None = None,
+    shared_axes: SharedAxes = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaMax: Adam with the infinity norm in place of the second moment.
+
+    .. math::
+
+      \begin{align*}
+        m_t &\leftarrow \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        u_t &\leftarrow \max(\beta_2 u_{t-1}, |g_t| + \varepsilon) \\
+        \theta_t &\leftarrow \theta_{t-1}
+          - \alpha_t \frac{m_t}{(1 - \beta_1^t)\, u_t}
+      \end{align*}
+
+    with :math:`\theta` the parameters and :math:`\alpha_t` the learning rate. The
+    positional arguments and their meaning are those of ``optax.adamax``;
+    :func:`scale_by_adamax` explains those that are not listed here, and the storage.
+
+    Args:
+      learning_rate: The largest change of a parameter in one step (without
+        ``nesterov`` and at the default decay rates, to within 0.91 %), in the
+        parameter's unit: a number, a scalar array, or a schedule from the count of
+        updates, starting at 0.
+
+    Returns:
+      An optimizer whose updates are to be added to the parameters
+      (``optax.apply_updates``), in the gradients' dtypes. Its state is a tuple whose
+      first item is a :class:`ScaleByAdamaxState`.
+
+    Raises:
+      ValueError, TypeError: As :func:`scale_by_adamax`; also if ``learning_rate`` is
+        no finite number, scalar array or schedule.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from adamax_jax import adamax
+      >>> def loss(x):
+      ...     return jnp.sum(x**2)
+      >>> optimizer = adamax(learning_rate=0.1)
+      >>> x = jnp.array([1.0, -2.0, 3.0])
+      >>> state = optimizer.init(x)
+      >>> for _ in range(60):
+      ...     updates, state = optimizer.update(jax.grad(loss)(x), state, x)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(loss(x) < 1e-2 * loss(jnp.array([1.0, -2.0, 3.0])))
+      True
+
+    References:
+      Kingma and Ba, `Adam: A Method for Stochastic Optimization
+      <https://arxiv.org/abs/1412.6980>`_, 2014, section 7.1.
+    """
+    scale = scale_by_adamax(
+        b1,
+        b2,
+        eps,
+        nesterov=nesterov,
+        eps_inside=eps_inside,
+        m_dtype=m_dtype,
+        u_dtype=u_dtype,
+        shared_axes=shared_axes,
+    )
+    return descend(scale, learning_rate)
 
 
-class _Rule(NamedTuple):
-    """What is known of the equations before they are compiled."""
+def adamaxw(
+    learning_rate: optax.ScalarOrSchedule = 2e-3,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    eps_inside: bool = True,
+    m_dtype: DTypeLike | None = None,
+    u_dtype: DTypeLike | None = None,
+    shared_axes: SharedAxes = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaMax with decoupled weight decay.
 
-    nesterov: bool
-    eps_inside: bool
-    eps_is_positive: bool
+    .. math::
+
+      \theta_t \leftarrow \theta_{t-1} - \alpha_t \left(
+        \frac{m_t}{(1 - \beta_1^t)\, u_t} + \lambda_t\, \theta_{t-1} \right)
+
+    with :math:`m_t` and :math:`u_t` as in :func:`adamax` and :math:`\lambda_t` the
+    ``weight_decay``, which never enters :math:`m_t` or :math:`u_t`. The positional
+    arguments and their meaning are those of ``optax.adamaxw``. For the L2 penalty of
+    ``torch.optim.Adamax(weight_decay=...)``, which does enter them, use
+    ``optax.chain(optax.add_decayed_weights(weight_decay), adamax(...))``.
+
+    Args:
+      learning_rate: As in :func:`adamax`; it multiplies the weight decay as well.
+      weight_decay: The share of a parameter that one step at learning rate 1 removes:
+        a number, a scalar array, or a schedule from the count of updates.
+      mask: Which parameters decay: a tree of booleans with the structure of the
+        parameters or a prefix of it, or a function that returns one, given the
+        parameters. None: all of them.
+
+    The other arguments are explained at :func:`scale_by_adamax`.
+
+    Returns:
+      An optimizer as :func:`adamax` returns; its ``update`` needs the parameters.
+
+    Raises:
+      ValueError, TypeError: As :func:`adamax`; ValueError also by ``update`` without
+        parameters, or with parameters of another shape than the gradients.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from adamax_jax import adamaxw
+      >>> params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
+      >>> decayed = {"kernel": True, "bias": False}
+      >>> optimizer = adamaxw(0.1, weight_decay=0.5, mask=decayed)
+      >>> no_gradient = {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}
+      >>> updates, _ = optimizer.update(no_gradient, optimizer.init(params), params)
+      >>> float(updates["kernel"][0]), float(updates["bias"][0]) + 0.0
+      (-0.10000000149011612, 0.0)
+
+    References:
+      Loshchilov and Hutter, `Decoupled Weight Decay Regularization
+      <https://arxiv.org/abs/1711.05101>`_, 2019.
+    """
+    scale = scale_by_adamax(
+        b1,
+        b2,
+        eps,
+        nesterov=nesterov,
+        eps_inside=eps_inside,
+        m_dtype=m_dtype,
+        u_dtype=u_dtype,
+        shared_axes=shared_axes,
+    )
+    return descend(scale, learning_rate, decayed_weights(weight_decay, mask))
 
 
 class _Coefficients(NamedTuple):
     """The scalars of one step, the same for every leaf."""
 
-    b1: ArrayLike
-    # Not left to the leaves: 1 - 0.9 in float32 is off by 2e-7, in Python by 1e-17.
-    one_minus_b1: ArrayLike
-    # 1 / (1 - b1^t). The compiler would replace a division by one scalar by this
-    # product anyway, but not in leaves of a single element, whose bits would differ.
-    correction: ArrayLike
-    next_correction: ArrayLike
+    mean: Coefficients
     b2: ArrayLike
-    eps: ArrayLike
     u_scale: ArrayLike
     next_u_scale: ArrayLike
     dither: ArrayLike
@@ -294,77 +418,26 @@ class _Coefficients(NamedTuple):
 # Jitted here, once for all optimizers: leaves of one shape share one trace, and the
 # update outside of jax.jit takes one dispatch a leaf.
 @functools.partial(jax.jit, static_argnames="rule")
-def _update_leaf(g, stored_m, stored_u, coefficients, rule):
+def _update_leaf(g, stored_m, stored_u, c, rule):
     """One leaf's step in the gradient's dtype, and its new state."""
     g_dtype = jnp.result_type(g)
-    real = _arithmetic_dtype(stored_m.dtype, stored_u.dtype)
-    c = _Coefficients(*(jnp.asarray(x, real) for x in coefficients))
-    u = _storage.decode_u(stored_u, c.u_scale).astype(real)
-    m = _storage.decode_m(stored_m, u)
-    is_complex = jnp.iscomplexobj(g)
-    dtype = _storage.complex_dtype(real) if is_complex else real
-    m, g = m.astype(dtype), jnp.asarray(g, dtype)
-    # u says itself which axes share it: those along which it has size 1.
-    norm = maximum(jnp.abs(g), axes_between(g.shape, u.shape))
-    if is_complex:
-        # The two parts share u and are otherwise independent. In real arithmetic
-        # nothing is squared; a complex division by u would overflow above 1e19.
-        step_re, m_re, new_u = _adamax(g.real, norm, m.real, u, c, rule)
-        step_im, m_im, _ = _adamax(g.imag, norm, m.imag, u, c, rule)
-        step, m, u = lax.complex(step_re, step_im), lax.complex(m_re, m_im), new_u
-    else:
-        step, m, u = _adamax(g, norm, m, u, c, rule)
-    stored_u = _storage.encode_u(u, c.next_u_scale, stored_u.dtype)
-    next_u = _storage.decode_u(stored_u, c.next_u_scale).astype(real)
-    m = jnp.asarray(m)
-    if _storage.saturates(stored_u.dtype) and not _storage.is_ratio(stored_m.dtype):
-        share = _storage.kept_share(u, next_u)
-        m = lax.complex(m.real * share, m.imag * share) if is_complex else m * share
-    stored_m = _storage.encode_m(m, u, next_u, stored_m.dtype, c.dither)
+    dtype = arithmetic_dtype(stored_m.dtype, stored_u.dtype)
+    m, u = read(stored_m, stored_u, c.u_scale)
+    g, m, u, c = cast((g, m, u, c), dtype)
+    norm = maximum_over(jnp.abs(g), u.shape)
+    u = jnp.maximum(c.b2 * u, norm + c.mean.eps if rule.eps_inside else norm)
+    m, step = by_parts(lambda g, m: mean_and_step(g, m, u, c.mean, rule), g, m)
+    stored_m, stored_u = write(
+        m, u, c.next_u_scale, stored_m.dtype, stored_u.dtype, c.dither
+    )
     return step.astype(g_dtype), stored_m, stored_u
 
 
-def _adamax(g, norm, m, u, c, rule):
-    """The paper's equations on real arrays."""
-    # In the order of Optax's sum, which the compiler fuses to the same bits.
-    m = c.one_minus_b1 * g + c.b1 * m
-    u = jnp.maximum(c.b2 * u, norm + c.eps if rule.eps_inside else norm)
-    m_hat = corrected_mean(g, m, c, rule.nesterov)
-    denominator = u if rule.eps_inside else u + c.eps
-    return quotient(m_hat, denominator, rule.eps_is_positive), m, u
-
-
-def _without_gradient(m, u, coefficients, rule):
-    """The state of leaves without a gradient.
-
-    It is kept; but a u that shares ``u_scale`` decays with it, and so that no m is left
-    beside a vanishing u, the gradient then counts as zero.
-    """
-
-    def next_state(m, u):
-        if _storage.is_wide(u.dtype):
-            return m, u
-        zero = jnp.zeros_like(m, complex if jnp.iscomplexobj(m) else float)
-        return _update_leaf(zero, m, u, coefficients, rule)[1:]
-
-    return (jax.tree.map(lambda m, u, i=i: next_state(m, u)[i], m, u) for i in range(2))
-
-
-def _arithmetic_dtype(m_dtype, u_dtype):
-    """float32, or float64 where m or u is stored in it."""
-    is_double = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)} & {m_dtype, u_dtype}
-    return jnp.float64 if is_double else jnp.float32
-
-
-def _mean_dtype(p, m_dtype):
+def _m_dtype(p, m_dtype):
     """The dtype of m for a parameter: complex where the parameter is."""
-    own = jnp.result_type(p)
-    if m_dtype is None:
-        return own
-    is_complex = jnp.issubdtype(own, jnp.complexfloating)
-    return _storage.complex_dtype(m_dtype) if is_complex else m_dtype
+    return jnp.result_type(p) if m_dtype is None else dtype_like(p, m_dtype)
 
 
-def _norm_dtype(p, u_dtype):
+def _u_dtype(p, u_dtype):
     """The dtype of u for a parameter: real also where the parameter is complex."""
     return jnp.finfo(jnp.result_type(p)).dtype if u_dtype is None else u_dtype

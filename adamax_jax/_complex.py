@@ -1,0 +1,34 @@
+"""Complex numbers, part by part: the optimizers compute with real arrays alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+
+def by_parts(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """A function of real arrays, applied to complex ones part by part.
+
+    In real arithmetic nothing is squared; a complex division by u would overflow above
+    1e19, and a complex product with a real number turns an infinity into NaN.
+    """
+    if not any(map(jnp.iscomplexobj, arrays)):
+        return function(*arrays)
+    real = function(*(x.real for x in arrays))
+    imaginary = function(*(x.imag for x in arrays))
+    return jax.tree.map(lax.complex, real, imaginary)
+
+
+def dtype_like(x: ArrayLike | DTypeLike, real: DTypeLike) -> Any:
+    """The dtype ``real``, or where x is complex the one whose parts have it."""
+    if not jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+        return real
+    return jnp.complex128 if real == jnp.float64 else jnp.complex64
+
+
+def cast(tree: Any, real: DTypeLike) -> Any:
+    """The numbers of a tree in the dtype ``real``, or in parts of it."""
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype_like(x, real)), tree)

@@ -1,0 +1,107 @@
+"""From a direction to a descent: decoupled weight decay and the learning rate.
+
+Both keep the dtypes of the updates, where Optax's own transformations promote them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamax_jax._checks import check_finite, check_shapes
+from adamax_jax._complex import dtype_like
+from adamax_jax._leaves import leaves_beside
+from adamax_jax._storage import arithmetic_dtype
+
+
+def descend(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *others: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that goes down a direction, to which others may have added."""
+    scale = _scale("learning_rate", learning_rate, sign=-1)
+    return optax.chain(direction, *others, scale)
+
+
+def decayed_weights(
+    weight_decay: optax.ScalarOrSchedule, mask: Any
+) -> optax.GradientTransformation:
+    """Adds ``weight_decay`` times the parameters, keeping the updates' dtypes.
+
+    Optax's transformation adds as dtypes promote, so that the updates may change dtype
+    or strict promotion refuse them, and gives a mask function the updates to look at.
+    """
+    scale = _scale("weight_decay", weight_decay, sign=1)
+
+    def update_fn(updates, state, params=None):
+        if params is None:
+            raise ValueError(
+                "Weight decay needs the parameters: call "
+                "update(gradients, state, params)."
+            )
+        check_shapes(updates, params)
+        gradients = leaves_beside(updates, params)
+        decays = _leaves_of_prefix(mask(params) if callable(mask) else mask, params)
+        weights: Any = [
+            jnp.asarray(p) if g is not None and is_decayed else None
+            for g, p, is_decayed in zip(
+                gradients, jax.tree.leaves(params), decays, strict=True
+            )
+        ]
+        decay: Any
+        decay, state = scale.update(weights, state)
+        sums = [
+            g if d is None else _add(g, d)
+            for g, d in zip(gradients, decay, strict=True)
+            if g is not None
+        ]
+        return jax.tree.unflatten(jax.tree.structure(updates), sums), state
+
+    return optax.GradientTransformation(scale.init, update_fn)
+
+
+def _leaves_of_prefix(mask, params):
+    """A boolean for every parameter."""
+    if mask is None:
+        return [True] * len(jax.tree.leaves(params))
+    flags, treedef = jax.tree.flatten(mask)
+    subtrees = treedef.flatten_up_to(params)
+    return [
+        flag
+        for flag, subtree in zip(flags, subtrees, strict=True)
+        for _ in jax.tree.leaves(subtree)
+    ]
+
+
+def _add(g, d):
+    """The sum, computed in the wider dtype, float32 at least, and rounded to g's."""
+    real = arithmetic_dtype(g.dtype, d.dtype)
+    return (g.astype(dtype_like(g, real)) + d.astype(dtype_like(d, real))).astype(
+        g.dtype
+    )
+
+
+def _scale(name, factor, sign):
+    """Multiplies updates by a number, an array or a schedule, keeping their dtypes.
+
+    ``optax.scale`` multiplies as dtypes promote: an array factor, such as
+    ``inject_hyperparams`` makes, would turn bfloat16 updates into float32 and be
+    refused under strict promotion.
+    """
+    if callable(factor):
+        return optax.scale_by_schedule(lambda count: sign * factor(count))
+    factor = check_finite(name, factor)
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(
+            lambda g: _multiply(g, factor, sign=sign), updates
+        )
+    )
+
+
+# Jitted for the same reason as the update of a leaf.
+@functools.partial(jax.jit, static_argnames="sign")
+def _multiply(g, factor, *, sign):
+    return sign * jnp.asarray(factor, g.dtype) * g

@@ -1,0 +1,270 @@
+"""Figure 2 of the Adam paper, redrawn with AdaMax in it.
+
+A multilayer perceptron with dropout learns the 1797 handwritten digits that
+scikit-learn ships, with AdaMax and five other optimizers.
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from adamax_jax import adamax
+from adamax_jax._lab.cli import (
+    PACKAGES,
+    Command,
+    add_names,
+    environment,
+    figure_path,
+    positive_int,
+)
+from adamax_jax._lab.tasks import TASKS
+from adamax_jax._lab.train import Method, Run, Trainer
+
+TASK = "mlp"
+FINAL_PASSES = 5
+NEIGHBOURS = 4
+SWEEP = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
+
+
+class Contender(NamedTuple):
+    """An optimizer of the figure: how it is made and how it is drawn."""
+
+    label: str
+    optimizer: Method
+    learning_rate: float
+    color: str
+    style: Any
+
+
+# The learning rates are the best of `demo --sweep`. Colours: Okabe and Ito's, which
+# colour-blind readers can tell apart; the line styles serve print.
+CONTENDERS = {
+    "adagrad": Contender("AdaGrad", optax.adagrad, 0.2, "#E69F00", (0, (1, 1))),
+    "rmsprop": Contender("RMSProp", optax.rmsprop, 0.002, "#009E73", "-."),
+    "sgd": Contender(
+        "SGD Nesterov",
+        functools.partial(optax.sgd, momentum=0.9, nesterov=True),
+        0.05,
+        "#56B4E9",
+        (0, (5, 1, 1, 1, 1, 1)),
+    ),
+    "adadelta": Contender("AdaDelta", optax.adadelta, 4.0, "#CC79A7", (0, (5, 3))),
+    "adam": Contender("Adam", optax.adam, 0.002, "#0072B2", "--"),
+    "adamax": Contender("AdaMax", adamax, 0.008, "#D55E00", "-"),
+}
+
+
+def costs_of(run: Run, epochs: int) -> np.ndarray:
+    """The mean training cost of each pass over the data."""
+    return np.array([part.mean() for part in np.array_split(run.losses, epochs)])
+
+
+def final_cost(run: Run, epochs: int) -> float:
+    """The training cost over the last passes, which dropout makes noisy."""
+    return float(np.mean(costs_of(run, epochs)[-FINAL_PASSES:]))
+
+
+def _add_options(parser):
+    parser.add_argument(
+        "--epochs",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="passes over the data (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="of the weights, the order of the data and the dropout (default: 0)",
+    )
+    add_names(parser, "--optimizers", CONTENDERS, default=CONTENDERS)
+    parser.add_argument(
+        "--learning-rate",
+        action="append",
+        type=_learning_rate,
+        default=[],
+        metavar="NAME=VALUE",
+        help="another learning rate for one optimizer; may be repeated",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="train each at 1/8 to 8 times its learning rate, in steps of 2, and draw "
+        "its best",
+    )
+    parser.add_argument(
+        "--figure",
+        type=figure_path,
+        default=Path("adamax_demo.png"),
+        metavar="PATH",
+        help="where to save the figure (default: %(default)s)",
+    )
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number below 2^32")
+    return int(text)
+
+
+def _learning_rate(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    if name not in CONTENDERS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: NAME must be one of {', '.join(CONTENDERS)}"
+        )
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: VALUE must be a number above 0")
+    return name, rate
+
+
+def _results(options: argparse.Namespace) -> Iterator[Run]:
+    rates = {name: c.learning_rate for name, c in CONTENDERS.items()}
+    rates |= dict(options.learning_rate)
+    task = TASKS[TASK]
+    problem = task.make()
+    examples = len(jax.tree.leaves(problem.examples)[0])
+    steps = max(options.epochs, round(options.epochs * examples / task.batch))
+    for name in dict.fromkeys(options.optimizers):
+        trainer = Trainer(problem, task, CONTENDERS[name].optimizer, steps)
+        for factor in SWEEP if options.sweep else (1,):
+            rate = float(f"{factor * rates[name]:.4g}")
+            yield trainer.run(TASK, name, rate, options.seed)
+
+
+def _problem(options):
+    for name, rate in options.learning_rate:
+        if name not in options.optimizers:
+            return (
+                f"--learning-rate {name}={rate:g}: {name} is not trained; --optimizers "
+                f"names {', '.join(options.optimizers)}."
+            )
+    return None
+
+
+def _best(runs, epochs):
+    """The run of each optimizer that ends with the least cost."""
+    groups = {}
+    for run in runs:
+        cost = final_cost(run, epochs)
+        diverged = not math.isfinite(cost)
+        groups.setdefault(run.method, []).append((diverged, cost, run))
+    return {
+        name: min(group, key=lambda item: item[:2])[2] for name, group in groups.items()
+    }
+
+
+def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
+    best = _best(runs, options.epochs)
+    lines = [
+        f"{'optimizer':<12} {'learning rate':>13} {'training cost':>13} "
+        f"{'test accuracy':>13} {'state bytes':>11} {'seconds':>7}"
+    ]
+    for run in runs:
+        _, accuracy = run.metrics
+        mark = "  best" if options.sweep and best[run.method] is run else ""
+        lines.append(
+            f"{CONTENDERS[run.method].label:<12} {run.learning_rate:>13g} "
+            f"{final_cost(run, options.epochs):>13.4f} {accuracy:>12.1f}% "
+            f"{run.state_bytes:>11,} {run.seconds:>7.1f}{mark}"
+        )
+    return "\n".join(lines) + (
+        "\n\nTraining cost: mean cross-entropy with dropout, in nats, over the last "
+        f"{min(FINAL_PASSES, options.epochs)} of {options.epochs} passes; "
+        f"seed {options.seed}; {environment()}.\n"
+    )
+
+
+def _numbers(runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "epochs": options.epochs,
+        "seed": options.seed,
+        "environment": environment(),
+        "runs": [
+            run.numbers()
+            | {
+                "costs": costs_of(run, options.epochs).tolist(),
+                "final_cost": final_cost(run, options.epochs),
+                "test_accuracy": run.metrics[1],
+            }
+            for run in runs
+        ],
+    }
+
+
+def _draw(runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """The training cost of each optimizer, at its best learning rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, run in _best(runs, options.epochs).items():
+        contender = CONTENDERS[name]
+        costs = costs_of(run, options.epochs)
+        passes = range(1, len(costs) + 1)
+        is_adamax = name == "adamax"
+        axes.semilogy(passes, costs, color=contender.color, alpha=0.2, linewidth=1)
+        axes.semilogy(
+            passes,
+            _smooth(costs),
+            color=contender.color,
+            linestyle=contender.style,
+            linewidth=2.4 if is_adamax else 1.6,
+            zorder=3 if is_adamax else 2,
+            label=f"{contender.label}  (learning rate {run.learning_rate:g})",
+        )
+    axes.set_xlabel("passes over the training data")
+    axes.set_ylabel("training cost (cross-entropy with dropout, nats)")
+    axes.set_title(
+        "Multilayer perceptron with dropout, handwritten digits\n"
+        f"faint: each pass; strong: geometric mean over {2 * NEIGHBOURS + 1} passes",
+        fontsize="medium",
+    )
+    axes.set_xlim(1, max(2, options.epochs))
+    axes.grid(which="both", alpha=0.25)
+    axes.legend(handlelength=3.5)
+    figure.savefig(options.figure, dpi=150)
+
+
+def _smooth(costs):
+    """Means over neighbouring passes, geometric because the axis is logarithmic."""
+    logs = np.log(costs)
+    # At the start, where the cost falls fast, as many on either side.
+    return [
+        math.exp(np.mean(logs[i - n : i + n + 1]))
+        for i in range(len(logs))
+        for n in [min(NEIGHBOURS, i)]
+    ]
+
+
+COMMAND = Command(
+    name="demo",
+    help="train AdaMax beside five other optimizers and draw the figure",
+    description=__doc__,
+    epilog="default learning rates, the best of --sweep:"
+    + "".join(f"\n  {name}={c.learning_rate}" for name, c in CONTENDERS.items()),
+    add_options=_add_options,
+    problem=_problem,
+    needs=lambda options: PACKAGES,
+    results=_results,
+    describe=lambda run: (
+        f"{CONTENDERS[run.method].label}, learning rate {run.learning_rate:g} "
+        f"({run.seconds:.0f} s)"
+    ),
+    text=_text,
+    numbers=_numbers,
+    draw=_draw,
+)

@@ -1,0 +1,354 @@
+"""Which optimizer, and which storage of its state, trains best.
+
+Small models learn real data, each with several methods. For one seed all methods start
+from the same weights and see the same data and noise, so that they are compared in
+pairs. By default that is AdaMax with its state stored in several ways, at the learning
+rates of the tasks, which were chosen on float32; optax.adamax differs from AdaMax in
+rounding alone, and tells how far that goes.
+
+With --rates search each method is trained at its own best learning rate: for every task
+and method, rates a factor of 2 apart are tried with one seed until the best lies
+between two others; then all seeds are trained at the best.
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from adamax_jax import adamax, lp_adam
+from adamax_jax._lab.cli import PACKAGES, Command, add_names, environment, positive_int
+from adamax_jax._lab.estimates import Estimate, digits_to_show, estimate, show
+from adamax_jax._lab.tasks import ALL_TASKS, TASKS
+from adamax_jax._lab.train import Method, Run, Trainer
+
+# What the other methods are compared to, where it is trained.
+REFERENCES = ("Adam", "AdaMax")
+# A search that goes further than this finds no best.
+MOST_RATES = 12
+
+
+def _all_but_last(path, leaf):
+    return range(leaf.ndim - 1)
+
+
+def _all(path, leaf):
+    return range(leaf.ndim)
+
+
+def _of_embeddings(axis):
+    """The axis of embedding tables alone; only the transformers have some."""
+    return lambda path, leaf: axis if "embed" in jax.tree_util.keystr(path) else None
+
+
+# The parameters are float32 in all of them, and so is the state where nothing is said.
+STORAGES: dict[str, Method] = {
+    "optax.adamax": optax.adamax,
+    "AdaMax": adamax,
+    "AdaMax, bfloat16": functools.partial(
+        adamax, m_dtype="bfloat16", u_dtype="bfloat16"
+    ),
+    "AdaMax, int8 and uint8": functools.partial(
+        adamax, m_dtype="int8", u_dtype="uint8"
+    ),
+}
+SHARED: dict[str, Method] = {
+    name + suffix: functools.partial(adamax, shared_axes=axes, **storage)
+    for name, axes in (
+        ("AdaMax", None),
+        ("u per input", -1),
+        ("u per output", _all_but_last),
+        ("u per array", _all),
+        ("embeddings: u per symbol", _of_embeddings(-1)),
+        ("embeddings: u per feature", _of_embeddings(0)),
+    )
+    for suffix, storage in (("", {}), (", int8", {"m_dtype": "int8"}))
+}
+# From Adam to AdaMax, which is p = infinity, with the decay rate of AdaMax.
+ORDERS: dict[str, Method] = {
+    f"p = {p}": functools.partial(lp_adam, p=p) for p in (1, 2, 3, 4, 6, 8, 16)
+}
+# And with the memory of Adam.
+LONG_ORDERS: dict[str, Method] = {
+    f"p = {p}, b2^p = 0.999": functools.partial(lp_adam, p=p, b2=0.999 ** (1 / p))
+    for p in (3, 6)
+}
+METHODS: dict[str, Method] = {"Adam": optax.adam} | {
+    name: method
+    for group in (STORAGES, SHARED, ORDERS, LONG_ORDERS)
+    for name, method in group.items()
+}
+
+
+def study(
+    tasks: Iterable[str],
+    methods: Iterable[str],
+    seeds: int,
+    steps: int | None = None,
+    search: bool = False,
+) -> Iterator[Run]:
+    """Yields each run as soon as it is done; ``steps`` are the task's if None."""
+    for name in tasks:
+        task = ALL_TASKS[name]
+        problem = task.make()
+        exponent = 0
+        for method in methods:
+            trainer = Trainer(problem, task, METHODS[method], steps or task.steps)
+
+            def train(exponent, seed, name=name, method=method, trainer=trainer):
+                rate = ALL_TASKS[name].learning_rate * 2.0**exponent
+                return trainer.run(name, method, rate, seed)
+
+            if search:
+                # It begins where that of the method before ended.
+                exponent = yield from _search(train, exponent)
+            for seed in range(1 if search else 0, seeds):
+                yield train(exponent, seed)
+
+
+def _search(train, exponent):
+    """Yields runs of seed 0 at several learning rates; returns the best's power."""
+    costs: dict[int, float] = {}
+    while (exponent := next_exponent(costs, exponent)) not in costs:
+        run = train(exponent, seed=0)
+        costs[exponent] = cost(run)
+        yield run
+    return exponent
+
+
+def next_exponent(costs: dict[int, float], first: int) -> int:
+    """The power of 2 to try next; one that was tried once the search has ended.
+
+    It ends at the best, which has been compared to half and twice of it.
+    """
+    if not costs:
+        return first
+    best = min(costs, key=lambda exponent: costs[exponent])
+    if math.isinf(costs[best]):
+        # Nothing was learned so far: only less can help.
+        lowest = min(costs)
+        return lowest - 1 if len(costs) < MOST_RATES else lowest
+    untried = [e for e in (best + 1, best - 1) if e not in costs]
+    return untried[0] if untried and len(costs) < MOST_RATES else best
+
+
+def cost(run: Run) -> float:
+    """What the search minimizes; of a training that diverged, infinity."""
+    metric, losses = run.metrics[0], run.losses
+    # The training loss may end finite, but above where it began.
+    has_learned = np.mean(losses[-math.ceil(len(losses) / 10) :]) <= losses[0]
+    return metric if math.isfinite(metric) and has_learned else math.inf
+
+
+@dataclass
+class Row:
+    """A line of a table: one metric of one task with one method."""
+
+    task: str
+    metric: str
+    method: str
+    bytes_per_parameter: float
+    learning_rate: float
+    # The metric of seed 0 for each learning rate that was tried.
+    search: dict[float, float]
+    seeds: int
+    value: Estimate
+    # To each of REFERENCES with the same seeds.
+    differences: dict[str, Estimate]
+
+
+def summarize(runs: Iterable[Run]) -> list[Row]:
+    """The rows of the runs there are, all methods of a metric after each other."""
+    groups: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        groups.setdefault(run.task, {}).setdefault(run.method, []).append(run)
+    return [
+        _row(task, metric, i, method, groups[task])
+        for task in ALL_TASKS
+        if task in groups
+        for i, metric in enumerate(ALL_TASKS[task].metrics)
+        for method in groups[task]
+    ]
+
+
+def _row(task, metric, i, method, methods):
+    runs = _at_best(methods[method])
+    differences = {}
+    for reference in REFERENCES:
+        if reference == method or reference not in methods:
+            continue
+        values = {run.seed: run.metrics[i] for run in _at_best(methods[reference])}
+        pairs = [
+            run.metrics[i] - values[run.seed] for run in runs if run.seed in values
+        ]
+        if pairs:
+            differences[reference] = estimate(pairs)
+    return Row(
+        task=task,
+        metric=metric,
+        method=method,
+        bytes_per_parameter=runs[0].state_bytes / runs[0].parameters,
+        learning_rate=runs[0].learning_rate,
+        search=dict(
+            sorted(
+                (run.learning_rate, run.metrics[i])
+                for run in methods[method]
+                if run.seed == 0
+            )
+        ),
+        seeds=len(runs),
+        value=estimate([run.metrics[i] for run in runs]),
+        differences=differences,
+    )
+
+
+def _at_best(runs):
+    """The runs at the best learning rate, by seed."""
+    best = min((run for run in runs if run.seed == 0), key=cost)
+    at_best = [run for run in runs if run.learning_rate == best.learning_rate]
+    return sorted(at_best, key=lambda run: run.seed)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One table for each metric of each task."""
+    tables = []
+    for place in dict.fromkeys((row.task, row.metric) for row in rows):
+        group = [row for row in rows if (row.task, row.metric) == place]
+        digits = digits_to_show(row.value for row in group)
+        references = [r for r in REFERENCES if any(r == row.method for row in group)]
+        columns = ["method", "bytes per parameter", "learning rate", "seeds"]
+        columns += ["mean ± sd", *(f"to {reference}" for reference in references)]
+        lines = [f"{place[0]}: {place[1]}", "", f"| {' | '.join(columns)} |"]
+        lines.append("|---" * len(columns) + "|")
+        for row in group:
+            cells = [
+                row.method,
+                f"{row.bytes_per_parameter:.2f}",
+                f"{row.learning_rate:.2g}",
+                str(row.seeds),
+                show(row.value.mean, row.value.deviation, digits),
+            ]
+            for reference in references:
+                difference = row.differences.get(reference)
+                # Pairs differ less than seeds: one digit more.
+                cells.append(
+                    ""
+                    if difference is None
+                    else show(difference.mean, difference.margin, digits + 1, sign="+")
+                )
+            lines.append(f"| {' | '.join(cells)} |")
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
+def _add_options(parser):
+    add_names(parser, "--tasks", ALL_TASKS, default=TASKS)
+    add_names(parser, "--methods", METHODS, default=STORAGES)
+    parser.add_argument(
+        "--rates",
+        choices=("task", "search"),
+        default="task",
+        help="the learning rates: the task's, or each method's best, which is searched "
+        "for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help="how many, from 0 on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        metavar="N",
+        help="of each training, in place of its own",
+    )
+
+
+def _results(options):
+    return study(
+        # Each once, also where it was named twice.
+        dict.fromkeys(options.tasks),
+        dict.fromkeys(options.methods),
+        options.seeds,
+        options.steps,
+        search=options.rates == "search",
+    )
+
+
+def _describe(run):
+    return (
+        f"{run.task}, {run.method}, learning rate {run.learning_rate:.2g}, "
+        f"seed {run.seed}: {run.metrics[0]:.5g} ({run.seconds:.0f} s)"
+    )
+
+
+def _settings(runs, options):
+    """What the numbers come from."""
+    packages = ("adamax_jax", "jax", "optax", "flax", "scikit-learn")
+    return {
+        "environment": environment(),
+        "versions": {package: version(package) for package in packages},
+        "seeds": options.seeds,
+        "rates": options.rates,
+        "tasks": {
+            name: {
+                "metrics": task.metrics,
+                "learning_rate": task.learning_rate,
+                "schedule": "cosine" if task.cosine else "constant",
+                "warm_up": task.warm_up,
+                "steps": options.steps or task.steps,
+                "batch": task.batch,
+            }
+            for name, task in ALL_TASKS.items()
+            if any(run.task == name for run in runs)
+        },
+    }
+
+
+def _numbers(runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]:
+    return _settings(runs, options) | {
+        "table": [asdict(row) for row in summarize(runs)],
+        "runs": [run.numbers() for run in runs],
+    }
+
+
+def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
+    """The tables and what they come from."""
+    settings = _settings(runs, options)
+    rates = {
+        "task": "Learning rates are the tasks'",
+        "search": "Learning rates are the best of those a factor of 2 apart, by seed 0",
+    }[options.rates]
+    trained = ", ".join(
+        f"{name} {task['steps']} ({task['schedule']}"
+        + (f", {task['warm_up']:.0%} warm-up)" if task["warm_up"] else ")")
+        for name, task in settings["tasks"].items()
+    )
+    return (
+        f"{markdown(summarize(runs))}\n{rates}; differences are between runs with the "
+        f"same seed, with the 95 % interval of Student's t; steps: {trained}; Optax "
+        f"{settings['versions']['optax']}, Flax {settings['versions']['flax']}, "
+        f"{settings['environment']}.\n"
+    )
+
+
+COMMAND = Command(
+    name="study",
+    help="compare optimizers and storages of their state, in the quality of training",
+    description=__doc__,
+    add_options=_add_options,
+    needs=lambda options: PACKAGES,
+    results=_results,
+    describe=_describe,
+    text=_text,
+    numbers=_numbers,
+)

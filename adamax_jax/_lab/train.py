@@ -1,0 +1,114 @@
+"""Training a task with an optimizer."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adamax_jax._lab.tasks import Problem, Task
+
+CURVE_POINTS = 200
+
+# From a learning rate, or a schedule, to an optimizer.
+Method = Callable[[Any], optax.GradientTransformation]
+
+
+@dataclass
+class Run:
+    """One training."""
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+    # As the task's `metrics` names them.
+    metrics: list[float]
+    state_bytes: int
+    parameters: int
+    seconds: float
+    # The training loss of every step.
+    losses: np.ndarray
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON, the losses few: means over ``curve_every`` steps each."""
+        result = asdict(self)
+        losses = result.pop("losses")
+        every = math.ceil(len(losses) / CURVE_POINTS)
+        parts = np.split(losses, range(every, len(losses), every))
+        curve = [float(f"{part.mean():.5g}") for part in parts]
+        return result | {"curve_every": every, "curve": curve}
+
+
+class Trainer:
+    """Trains one problem with one optimizer: compiled once for all learning rates.
+
+    One seed means the same weights, data and noise for all optimizers.
+    """
+
+    def __init__(self, problem: Problem, task: Task, method: Method, steps: int):
+        self._problem = problem
+        self._measure = jax.jit(problem.measure)
+        self._examples = jax.tree.map(jnp.asarray, problem.examples)
+        self._batches = steps, task.batch
+        self._make_optimizer = lambda rate: method(task.schedule(rate, steps))
+        self._scan = jax.jit(self._steps)
+        params = jax.eval_shape(problem.init, jax.random.key(0))
+        state = jax.eval_shape(self._make_optimizer(task.learning_rate).init, params)
+        self._parameters = sum(x.size for x in jax.tree.leaves(params))
+        self._state_bytes = sum(
+            x.size * x.dtype.itemsize for x in jax.tree.leaves(state)
+        )
+
+    def run(self, task: str, method: str, learning_rate: float, seed: int) -> Run:
+        """A training and its metrics, under the names of the task and the method."""
+        start = time.perf_counter()
+        params, losses = self.train(learning_rate, seed)
+        return Run(
+            task=task,
+            method=method,
+            learning_rate=learning_rate,
+            seed=seed,
+            metrics=[float(x) for x in self._measure(params)],
+            state_bytes=self._state_bytes,
+            parameters=self._parameters,
+            seconds=time.perf_counter() - start,
+            losses=np.asarray(losses),
+        )
+
+    def train(self, learning_rate: float, seed: int) -> tuple[Any, jax.Array]:
+        """The trained parameters and the loss of each step."""
+        init_key, noise_key = jax.random.split(jax.random.key(seed))
+        order = order_of(len(jax.tree.leaves(self._examples)[0]), *self._batches, seed)
+        params = self._problem.init(init_key)
+        return self._scan(params, self._examples, order, noise_key, learning_rate)
+
+    def _steps(self, params, examples, order, key, learning_rate):
+        optimizer = self._make_optimizer(learning_rate)
+
+        def step(carry, now):
+            params, state = carry
+            t, chosen = now
+            batch = jax.tree.map(lambda x: x[chosen], examples)
+            loss, gradients = jax.value_and_grad(self._problem.loss)(
+                params, batch, jax.random.fold_in(key, t)
+            )
+            updates, state = optimizer.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), loss
+
+        start = params, optimizer.init(params)
+        (params, _), losses = jax.lax.scan(step, start, (jnp.arange(len(order)), order))
+        return params, losses
+
+
+def order_of(examples: int, steps: int, batch: int, seed: int) -> np.ndarray:
+    """Which examples each step sees: whole passes, each shuffled anew."""
+    shuffle = np.random.default_rng(seed)
+    passes = math.ceil(steps * batch / examples)
+    order = np.concatenate([shuffle.permutation(examples) for _ in range(passes)])
+    return order[: steps * batch].reshape(steps, batch).astype(np.int32)

@@ -1,0 +1,56 @@
+"""From trees to lists of leaves and back; gradients that are None.
+
+Arrays alone are put into a user's containers, which may look at what they are given:
+whatever else belongs to a leaf is kept in lists.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamax_jax._storage import is_wide
+
+
+def leaves_beside(updates: Any, tree: Any) -> list[Any]:
+    """A gradient for every leaf of a tree, None where there is none.
+
+    One None in the gradients may stand for a whole subtree.
+    """
+    gradients, treedef = jax.tree.flatten(updates, is_leaf=lambda g: g is None)
+    return [
+        g
+        for g, subtree in zip(gradients, treedef.flatten_up_to(tree), strict=True)
+        for _ in jax.tree.leaves(subtree)
+    ]
+
+
+def update_leaves(
+    update_leaf: Callable[..., Any], updates: Any, m: Any, u: Any
+) -> tuple[Any, Any, Any]:
+    """The trees of steps, m and u; ``update_leaf`` has those of a leaf from g, m and u.
+
+    A gradient of None has no step. It leaves a wide u and its m as they are. A narrow
+    u decays with all the others, by their common scale, and so that no m is left beside
+    a vanishing u, None counts as zero there.
+    """
+    steps, new_m, new_u = [], [], []
+    for g, leaf_m, leaf_u in zip(
+        leaves_beside(updates, m), jax.tree.leaves(m), jax.tree.leaves(u), strict=True
+    ):
+        if g is not None:
+            step, leaf_m, leaf_u = update_leaf(g, leaf_m, leaf_u)
+            steps.append(step)
+        elif not is_wide(leaf_u.dtype):
+            kind = complex if jnp.iscomplexobj(leaf_m) else float
+            _, leaf_m, leaf_u = update_leaf(
+                jnp.zeros_like(leaf_m, kind), leaf_m, leaf_u
+            )
+        new_m.append(leaf_m)
+        new_u.append(leaf_u)
+    return (
+        jax.tree.unflatten(jax.tree.structure(updates), steps),
+        jax.tree.unflatten(jax.tree.structure(m), new_m),
+        jax.tree.unflatten(jax.tree.structure(u), new_u),
+    )

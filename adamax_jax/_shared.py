@@ -1,0 +1,122 @@
+"""One u for several coordinates: which axes share it. A shared axis has size 1."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from adamax_jax._paths import name_of
+
+Axes = int | Sequence[int] | None
+SharedAxes = Axes | Callable[[Any, Any], Axes]
+Shape = tuple[int, ...]
+
+
+def check_shared_axes(shared_axes: Any) -> Any:
+    """Returns axes, or a function to them, refusing what is neither."""
+    return shared_axes if callable(shared_axes) else _integers(shared_axes, "")
+
+
+def zeros_shared(path: Any, leaf: Any, dtype: Any, shared_axes: Any) -> jax.Array:
+    """Zeros for the u of one parameter; they lie on the devices as it will."""
+    zeros = jnp.zeros_like(leaf, dtype=dtype)
+    axes = _axes_of(path, leaf, shared_axes)
+    # The maximum of zeros itself would take the compiler seconds to evaluate.
+    return jnp.zeros_like(_maximum(zeros, axes)) if axes else zeros
+
+
+def maximum_over(x: jax.Array, shape: Shape) -> jax.Array:
+    """The maximum of x along the axes that a u of this shape shares beside it."""
+    if not is_shared(shape, x.shape):
+        raise ValueError(
+            f"The optimizer state has u of shape {shape} beside m of shape "
+            f"{x.shape}: they must agree but for axes along which u has size 1."
+        )
+    return _maximum(x, _differing(x.shape, shape))
+
+
+def is_shared(shape: Shape, whole: Shape) -> bool:
+    """Whether u of one shape stands beside m of another, shared along some axes."""
+    return len(shape) == len(whole) and all(
+        kept in (1, size) for kept, size in zip(shape, whole, strict=True)
+    )
+
+
+def can_reshare(shape: Shape, other: Shape) -> bool:
+    """Whether :func:`reshare` makes u of one shape from u of another."""
+    return len(shape) == len(other) and all(
+        size == kept or 1 in (size, kept)
+        for size, kept in zip(shape, other, strict=True)
+    )
+
+
+def reshare(u: jax.Array, shape: Shape) -> jax.Array:
+    """u of another shape: its maximum along axes that only that one shares.
+
+    Along axes that only this one shares it is repeated.
+    """
+    pairs = enumerate(zip(u.shape, shape, strict=True))
+    axes = tuple(axis for axis, (size, kept) in pairs if size != 1 == kept)
+    return jnp.broadcast_to(_maximum(u, axes), shape)
+
+
+def spec_of_shared(spec: PartitionSpec, whole: Shape, shape: Shape) -> PartitionSpec:
+    """How u of a shape is divided where an array of the whole shape is by ``spec``."""
+    entries = [*spec, *[None] * (len(whole) - len(spec))]
+    for axis in _differing(whole, shape):
+        entries[axis] = None
+    return PartitionSpec(*entries)
+
+
+def _axes_of(path, leaf, shared_axes):
+    """The axes of one parameter that share a u: none of those with fewer than two."""
+    ndim = jnp.ndim(leaf)
+    if ndim < 2:
+        return ()
+    place = f" for the parameter at {name_of(path)}"
+    axes = shared_axes(path, leaf) if callable(shared_axes) else shared_axes
+    axes = _integers(axes, place)
+    normal = tuple(axis % ndim for axis in axes)
+    if any(not -ndim <= axis < ndim for axis in axes):
+        raise ValueError(
+            f"shared_axes must be axes from {-ndim} to {ndim - 1}{place}, which has "
+            f"shape {jnp.shape(leaf)}, got {axes}. A function of the path and the "
+            "parameter chooses them for each."
+        )
+    if len(set(normal)) < len(normal):
+        raise ValueError(
+            f"shared_axes must be different axes{place}, which has shape "
+            f"{jnp.shape(leaf)}, got {axes}."
+        )
+    return normal
+
+
+def _differing(whole, shape):
+    """The axes along which two shapes of as many axes differ."""
+    sizes = zip(whole, shape, strict=True)
+    return tuple(axis for axis, (size, kept) in enumerate(sizes) if size != kept)
+
+
+def _maximum(x, axes):
+    """The maximum over some axes, which keep size 1; 0 over no numbers at all."""
+    return jnp.max(x, axes, keepdims=True, initial=0) if axes else x
+
+
+def _integers(axes, place):
+    if axes is None:
+        return ()
+    items: Any = axes if isinstance(axes, Sequence) else [axes]
+    try:
+        if isinstance(axes, str | bytes) or any(isinstance(a, bool) for a in items):
+            raise TypeError("neither text nor a bool is an axis")
+        return tuple(operator.index(axis) for axis in items)
+    except TypeError as error:
+        raise TypeError(
+            "shared_axes must be None, an integer, a tuple of integers or a function "
+            f"that returns one of these{place}, got {axes!r}. Inside "
+            "optax.inject_hyperparams, which makes arrays of numbers, pass that "
+            'static_args="shared_axes".'
+        ) from error

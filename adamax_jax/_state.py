@@ -1,0 +1,316 @@
+"""What may be done with a state: read it, store it in other dtypes, put it in."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from adamax_jax._adamax import ScaleByAdamaxState
+from adamax_jax._checks import check_complex, check_dtype
+from adamax_jax._complex import cast, dtype_like
+from adamax_jax._paths import is_inside, name_of
+from adamax_jax._shared import can_reshare, reshare
+from adamax_jax._storage import M_DTYPES, U_DTYPES, arithmetic_dtype, read, write
+
+
+def moments(state: optax.OptState) -> tuple[optax.Updates, optax.Updates]:
+    """The mean and the infinity norm of the gradients, however they are stored.
+
+    Args:
+      state: A :class:`ScaleByAdamaxState`, or an optimizer's state with one in it.
+
+    Returns:
+      The trees m and u, in float32 (float64 and complex where they are stored so),
+      shaped as the parameters; u has size 1 along axes that share it.
+
+    Raises:
+      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in the state.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from adamax_jax import adamax, moments
+      >>> optimizer = adamax(m_dtype="int8", u_dtype="uint8")
+      >>> gradient = jnp.array([2.0, -0.5])
+      >>> _, state = optimizer.update(gradient, optimizer.init(gradient))
+      >>> m, u = moments(state)
+      >>> [round(float(x), 3) for x in m], [round(float(x), 3) for x in u]
+      ([0.201, -0.05], [1.998, 0.5])
+    """
+    return read_moments(only_state(state))
+
+
+def convert_state(
+    state: optax.OptState,
+    *,
+    m_dtype: DTypeLike | None = None,
+    u_dtype: DTypeLike | None = None,
+) -> optax.OptState:
+    """The state of a running optimizer, stored in other dtypes.
+
+    Training continues with an optimizer made with the same ``m_dtype`` and ``u_dtype``.
+    Each number is rounded once.
+
+    Args:
+      state: A :class:`ScaleByAdamaxState`, or an optimizer's state with some in it;
+        what else is in it stays as it is.
+      m_dtype: What to store m in, as for :func:`scale_by_adamax`; None: as it is.
+      u_dtype: What to store u in; None: as it is.
+
+    Returns:
+      The state, in the same containers.
+
+    Raises:
+      TypeError, ValueError: If a dtype is not one that :func:`scale_by_adamax` takes,
+        or m is complex and ``m_dtype`` has no complex counterpart; ValueError also if
+        there is no :class:`ScaleByAdamaxState` in the state.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from adamax_jax import adamax, convert_state
+      >>> params = jnp.ones(1000)
+      >>> state = adamax().init(params)
+      >>> sum(x.nbytes for x in jax.tree.leaves(state))
+      8008
+      >>> state = convert_state(state, m_dtype="int8", u_dtype="uint8")
+      >>> sum(x.nbytes for x in jax.tree.leaves(state))
+      2008
+    """
+    m_dtype = check_dtype("m_dtype", m_dtype, M_DTYPES)
+    u_dtype = check_dtype("u_dtype", u_dtype, U_DTYPES)
+    return map_states(lambda s: _convert(s, m_dtype, u_dtype), state)
+
+
+def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.OptState:
+    """An optimizer's new state, to go on from where another AdaMax was.
+
+    Of the :class:`ScaleByAdamaxState` in it, count, m and u become those given, stored
+    in the dtypes, the sharding and the containers (Flax NNX) of the new state.
+    Schedules of the learning rate, of the weight decay and of
+    ``optax.inject_hyperparams`` go on from the count, too. All else stays new.
+
+    Where the new optimizer shares u along axes and the old one did not, u becomes its
+    maximum along them, which is what it would have been. Along axes that only the old
+    one shared it is repeated.
+
+    (``optax.tree.set`` would leave m and u as they are inside
+    ``optax.inject_hyperparams``, without a word.)
+
+    Args:
+      state: What the optimizer's ``init`` returned, with one
+        :class:`ScaleByAdamaxState` in it.
+      adamax_state: What to go on from: a :class:`ScaleByAdamaxState`, or an optimizer's
+        state with one in it. It may have parts that the optimizer leaves out
+        (``optax.masked``, ``optax.partition``).
+
+    Returns:
+      The state; it shares no memory with ``adamax_state``.
+
+    Raises:
+      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in one of the
+        two, or they differ in the paths or shapes of m or u.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from adamax_jax import adamax, insert_state
+      >>> params = jnp.ones(2)
+      >>> old = adamax().init(params)[0]._replace(count=jnp.int32(7))
+      >>> optimizer = adamax(optax.cosine_decay_schedule(1e-2, decay_steps=100))
+      >>> state = insert_state(optimizer.init(params), old)
+      >>> state[0].count, state[1].count
+      (Array(7, dtype=int32), Array(7, dtype=int32))
+    """
+    new, given = only_state(state), only_state(adamax_state)
+    count = unwrapped(given.count)
+    m, u, u_scale = _rewrite(
+        m=_leaves_like(new.m, given.m, fits=operator.eq),
+        u=_leaves_like(new.u, given.u, fits=can_reshare),
+        u_scale=unwrapped(given.u_scale),
+        m_dtypes=[leaf.dtype for leaf in jax.tree.leaves(new.m)],
+        like_u=jax.tree.leaves(new.u),
+    )
+    inserted = ScaleByAdamaxState(
+        count=_placed([count], new.count),
+        m=_placed(m, new.m),
+        u=_placed(u, new.u),
+        u_scale=_placed([u_scale], new.u_scale),
+    )
+    return _set_counts(map_states(lambda _: inserted, state), count)
+
+
+def find_states(
+    state: optax.OptState, kind: type = ScaleByAdamaxState
+) -> list[tuple[Any, Any]]:
+    """The paths of the states of a type in an optimizer's state, with these states."""
+    leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, kind))
+    return [(path, leaf) for path, leaf in leaves if isinstance(leaf, kind)]
+
+
+def only_state(state: optax.OptState) -> ScaleByAdamaxState:
+    """The one AdaMax in an optimizer's state."""
+    found = find_states(state)
+    if len(found) != 1:
+        raise ValueError(f"The state holds {len(found)} ScaleByAdamaxState, not one.")
+    return found[0][1]
+
+
+def map_states(
+    function: Callable[[Any], Any],
+    state: optax.OptState,
+    kind: type = ScaleByAdamaxState,
+) -> optax.OptState:
+    """An optimizer's state with a function applied to the states of a type in it."""
+    if not find_states(state, kind):
+        raise ValueError(f"The state holds no {kind.__name__}.")
+    return jax.tree.map(
+        lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf,
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, kind),
+    )
+
+
+def read_moments(state: ScaleByAdamaxState) -> tuple[optax.Updates, optax.Updates]:
+    """The trees m and u as numbers, in float32 at least."""
+    u_scale = scale_of(state)
+    stored_m, m_treedef = jax.tree.flatten(state.m)
+    stored_u, u_treedef = jax.tree.flatten(state.u)
+    read_all = [read(m, u, u_scale) for m, u in zip(stored_m, stored_u, strict=True)]
+    return (
+        jax.tree.unflatten(m_treedef, [m for m, _ in read_all]),
+        jax.tree.unflatten(u_treedef, [u for _, u in read_all]),
+    )
+
+
+def scale_of(state: ScaleByAdamaxState) -> jax.Array:
+    """The scalar u_scale of a state."""
+    u_scale = unwrapped(state.u_scale)
+    if u_scale.ndim > 0:
+        raise ValueError(
+            f"The state is that of an ensemble: u_scale has shape {u_scale.shape}. "
+            "Apply this function to its members with jax.vmap."
+        )
+    return u_scale
+
+
+def unwrapped(scalar: Any) -> jax.Array:
+    """The array in a scalar that may be wrapped, as Flax NNX does."""
+    (array,) = jax.tree.leaves(scalar)
+    return array
+
+
+def _convert(state, m_dtype, u_dtype):
+    m = jax.tree.leaves(state.m)
+    u = jax.tree.leaves(state.u)
+    if m_dtype is not None:
+        for path, leaf in jax.tree.leaves_with_path(state.m):
+            if jnp.iscomplexobj(leaf):
+                check_complex(path, leaf.dtype, m_dtype)
+    new_m, new_u, u_scale = _rewrite(
+        m,
+        u,
+        unwrapped(state.u_scale),
+        m_dtypes=[
+            x.dtype if m_dtype is None else jnp.dtype(dtype_like(x, m_dtype)) for x in m
+        ],
+        like_u=[jax.ShapeDtypeStruct(x.shape, u_dtype or x.dtype) for x in u],
+    )
+    return state._replace(
+        m=jax.tree.unflatten(jax.tree.structure(state.m), new_m),
+        u=jax.tree.unflatten(jax.tree.structure(state.u), new_u),
+        u_scale=jax.tree.map(lambda _: u_scale, state.u_scale),
+    )
+
+
+def _rewrite(m, u, u_scale, m_dtypes, like_u):
+    """Lists of m and u as stored in other dtypes, u shared as others, and its scale.
+
+    Each number is rounded once, or not at all where nothing changes.
+    """
+    new_scale = u_scale
+    if [x.dtype for x in u] != [x.dtype for x in like_u]:
+        new_scale = jnp.ones_like(u_scale)
+
+    def rewrite(m, u, m_dtype, like_u):
+        is_same_u = (u.dtype, u.shape) == (like_u.dtype, like_u.shape)
+        if is_same_u and m.dtype == m_dtype and new_scale is u_scale:
+            return m, u
+        dtype = arithmetic_dtype(m.dtype, u.dtype, m_dtype, like_u.dtype)
+        m, u = cast(read(m, u, u_scale), dtype)
+        u = reshare(u, like_u.shape)
+        return write(m, u, new_scale, m_dtype, like_u.dtype, dither=0.5)
+
+    rewritten = [rewrite(*leaf) for leaf in zip(m, u, m_dtypes, like_u, strict=True)]
+    return [m for m, _ in rewritten], [u for _, u in rewritten], new_scale
+
+
+def _leaves_like(target, given, fits):
+    """The given leaves in the order of the target's, found by their paths."""
+    leaves = dict(jax.tree.leaves_with_path(given))
+    found = []
+    for path, old in jax.tree.leaves_with_path(target):
+        # A container around a single array adds an entry: Flax NNX's variables.
+        key = path if path in leaves else path[:-1]
+        if key not in leaves:
+            raise ValueError(f"The state to insert has no leaf at {name_of(path)}.")
+        new = leaves.pop(key)
+        if not fits(new.shape, old.shape):
+            raise ValueError(
+                f"The state to insert has shape {new.shape} at {name_of(key)}, where "
+                f"the optimizer's has {old.shape}."
+            )
+        found.append(new)
+    masked = [
+        path
+        for path, leaf in jax.tree.leaves_with_path(target, is_leaf=_is_masked)
+        if _is_masked(leaf)
+    ]
+    for path in leaves:
+        if not any(is_inside(path, part) for part in masked):
+            raise ValueError(
+                f"The optimizer's state has no leaf at {name_of(path)}, where the "
+                "state to insert has one."
+            )
+    return found
+
+
+def _is_masked(leaf):
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _placed(leaves, like):
+    """A tree of copies that lie where the leaves of another lie."""
+    old, treedef = jax.tree.flatten(like)
+    return jax.tree.unflatten(treedef, map(_place, leaves, old))
+
+
+def _place(new, old):
+    """A copy that lies where the old array lies; inside of jax.jit, anywhere."""
+    copy = jnp.array(new)
+    return copy if isinstance(old, Tracer) else jax.device_put(copy, old.sharding)
+
+
+def _set_counts(tree, count):
+    """Sets the count of every schedule in a state."""
+    # The last is not public. It is not made on import, which would start the devices.
+    types = (
+        optax.ScaleByScheduleState,
+        optax.InjectHyperparamsState,
+        optax.InjectStatefulHyperparamsState,
+        type(optax.schedules.WrappedSchedule(lambda count: count).init()),
+    )
+
+    def set_count(node):
+        if not isinstance(node, types):
+            return node
+        fields = {
+            name: _set_counts(value, count) for name, value in node._asdict().items()
+        }
+        # Each its own copy: an array may be donated only once.
+        fields["count"] = jax.tree.map(lambda old: _place(count, old), node.count)
+        return node._replace(**fields)
+
+    return jax.tree.map(set_count, tree, is_leaf=lambda x: isinstance(x, types))
