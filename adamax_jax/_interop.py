@@ -166,7 +166,7 @@ def _from_scale_by_adam(state):
         count=state.count,
         m=state.mu,
         u=jax.tree.map(jnp.real, state.nu),
-        # In the container and with the axes that count has: Flax NNX wraps scalars, and
+        # In the container and of the shape that count has: Flax NNX wraps scalars, and
         # vmap gives them an axis.
         u_scale=jax.tree.map(lambda c: jnp.ones_like(c, jnp.float32), state.count),
     )

@@ -170,7 +170,8 @@ def scale_by_lp_adam(
     b2 = check_decay("b2", b2)
     eps = check_eps("eps", eps)
     known_p = _known(p)
-    # Inside of a mean, which is not a maximum, eps has a weight that may make it 0.
+    # A mean of finite order multiplies the eps inside of it by a weight, which may be so
+    # small that the product is 0.
     is_floor = known_p == math.inf or not eps_inside
     rule = Rule(nesterov, eps_inside, is_positive=is_floor and is_surely_positive(eps))
 
@@ -186,23 +187,7 @@ def scale_by_lp_adam(
         del params, extra_args
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
-        t = jnp.asarray(count, float)
-        order = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
-        order = jnp.minimum(jnp.asarray(order, float), _INFINITE_ORDER)
-        w = one_minus_power(b2, order) / one_minus_power(b2, order * t)
-        # 1 - w is b2^p times 1 - w b2^(p (t - 1)), which comes to 1 in time. It is 0 at
-        # the first step; but u is, too, and the root of 0 has no derivative.
-        past = jnp.maximum(t - 1, 1)
-        growth = jnp.log1p(-w * (1 - one_minus_power(b2, order * past))) / order
-        rate = jnp.asarray(b2, float)
-        c = _Coefficients(
-            mean=coefficients(b1, eps, t),
-            p=order,
-            decay=rate * jnp.exp(growth),
-            one_minus_decay=jnp.asarray(1 - b2, float) - rate * jnp.expm1(growth),
-            weight=jnp.exp(jnp.log(w) / order),
-        )
-        c = cast(c, float)
+        c = cast(_coefficients(p, b1, b2, eps, jnp.asarray(count, float)), float)
         step, m, u = update_leaves(
             lambda g, m, u: _update_leaf(g, m, u, c, rule, known_p),
             updates,
@@ -342,6 +327,26 @@ class _Coefficients(NamedTuple):
     decay: ArrayLike
     one_minus_decay: ArrayLike
     weight: ArrayLike
+
+
+def _coefficients(p, b1, b2, eps, t):
+    """The scalars of step t."""
+    p = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
+    p = jnp.minimum(jnp.asarray(p, float), _INFINITE_ORDER)
+    w = one_minus_power(b2, p) / one_minus_power(b2, p * t)
+    # 1 - w = b2^p (1 - w b2^(p (t - 1))). The decay is the p-th root of that: b2 times a
+    # factor that tends to 1, whose logarithm this is. At t = 1 the factor would be 0,
+    # which has no logarithm; u is 0 before it, so that any other decay does as well.
+    past = jnp.maximum(t - 1, 1)
+    log_factor = jnp.log1p(-w * (1 - one_minus_power(b2, p * past))) / p
+    rate = jnp.asarray(b2, float)
+    return _Coefficients(
+        mean=coefficients(b1, eps, t),
+        p=p,
+        decay=rate * jnp.exp(log_factor),
+        one_minus_decay=jnp.asarray(1 - b2, float) - rate * jnp.expm1(log_factor),
+        weight=jnp.exp(jnp.log(w) / p),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "known_p"))

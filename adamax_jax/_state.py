@@ -295,7 +295,8 @@ def _place(new, old):
 
 def _set_counts(tree, count):
     """Sets the count of every schedule in a state."""
-    # The last is not public. It is not made on import, which would start the devices.
+    # The type of a wrapped schedule's state has no public name: one is made to ask for
+    # it. Not on import, since that would start the devices.
     types = (
         optax.ScaleByScheduleState,
         optax.InjectHyperparamsState,

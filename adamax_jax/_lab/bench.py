@@ -502,7 +502,7 @@ def measure(max_size: int, rounds: int) -> Iterator[Sequence[Row]]:
             yield step_rows(name, arrays, rounds)
     if _largest(TREES[MANY]) <= max_size:
         yield uncompiled_rows(rounds)
-        # Of minutes, and far steadier.
+        # Compiling takes minutes a round, and its time varies little.
         yield compile_rows(max(1, rounds // 4))
 
 
