@@ -65,8 +65,11 @@ def reshare(u: jax.Array, shape: Shape) -> jax.Array:
 
 def spec_of_shared(spec: PartitionSpec, whole: Shape, shape: Shape) -> PartitionSpec:
     """How u of a shape is divided where an array of the whole shape is by ``spec``."""
+    shared = _differing(whole, shape)
+    if not shared:
+        return spec
     entries = [*spec, *[None] * (len(whole) - len(spec))]
-    for axis in _differing(whole, shape):
+    for axis in shared:
         entries[axis] = None
     return PartitionSpec(*entries)
 

@@ -56,7 +56,7 @@ CONTENDERS = {
         (0, (5, 1, 1, 1, 1, 1)),
     ),
     "adadelta": Contender("AdaDelta", optax.adadelta, 2.0, "#CC79A7", (0, (5, 3))),
-    "adam": Contender("Adam", optax.adam, 0.002, "#0072B2", "--"),
+    "adam": Contender("Adam", optax.adam, 0.001, "#0072B2", "--"),
     "adamax": Contender("AdaMax", adamax, 0.008, "#D55E00", "-"),
 }
 
