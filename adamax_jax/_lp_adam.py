@@ -170,8 +170,8 @@ def scale_by_lp_adam(
     b2 = check_decay("b2", b2)
     eps = check_eps("eps", eps)
     known_p = _known(p)
-    # A mean of finite order multiplies the eps inside of it by a weight, which may be so
-    # small that the product is 0.
+    # A mean of finite order multiplies the eps inside of it by a weight, which may be
+    # so small that the product is 0.
     is_floor = known_p == math.inf or not eps_inside
     rule = Rule(nesterov, eps_inside, is_positive=is_floor and is_surely_positive(eps))
 
@@ -334,8 +334,8 @@ def _coefficients(p, b1, b2, eps, t):
     p = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
     p = jnp.minimum(jnp.asarray(p, float), _INFINITE_ORDER)
     w = one_minus_power(b2, p) / one_minus_power(b2, p * t)
-    # 1 - w = b2^p (1 - w b2^(p (t - 1))). The decay is the p-th root of that: b2 times a
-    # factor that tends to 1, whose logarithm this is. At t = 1 the factor would be 0,
+    # 1 - w = b2^p (1 - w b2^(p (t - 1))). The decay is the p-th root of that: b2 times
+    # a factor that tends to 1, whose logarithm this is. At t = 1 the factor would be 0,
     # which has no logarithm; u is 0 before it, so that any other decay does as well.
     past = jnp.maximum(t - 1, 1)
     log_factor = jnp.log1p(-w * (1 - one_minus_power(b2, p * past))) / p
