@@ -7,11 +7,7 @@ import collections
 import functools
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import chex
 import jax
@@ -20,7 +16,18 @@ import optax
 import pytest
 from sequences import STORAGES
 
-from adamax_jax import __main__, _bench, _shapes, adamax, lp_adam
+from adamax_jax import adamax, lp_adam
+from adamax_jax._lab import bench, shapes
+from adamax_jax._lab.cli import main
+
+LEAF = 1000
+# The array of which the temporary memory is looked at, and the bytes that scalars take.
+LARGE, SCALARS = 100_000, 1000
+STATE_BYTES = {"own": 8, "bfloat16": 4, "two bytes": 2}
+# What XLA is asked for so that it does not copy the donated state.
+REGION_ANALYSIS = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
+every_storage = pytest.mark.parametrize("storage", STORAGES)
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +37,11 @@ def lenient():
         yield
 
 
-def compiled(optimizer, shapes):
-    gradients = _bench.gradients_for(shapes)
+def compiled(optimizer, arrays, compiler_options=None):
+    gradients = bench.gradients_for(arrays)
     state = optimizer.init(gradients)
-    step = jax.jit(_bench.optax_step(optimizer), donate_argnums=(0, 1))
-    return step.lower(gradients, state, gradients).compile()
+    step = jax.jit(bench.optax_step(optimizer), donate_argnums=(0, 1))
+    return step.lower(gradients, state, gradients).compile(compiler_options)
 
 
 def operations(executable, result=r"(?:\(.*?\)|\S+)"):
@@ -43,17 +50,17 @@ def operations(executable, result=r"(?:\(.*?\)|\S+)"):
     return collections.Counter(re.findall(pattern, executable.as_text(), re.MULTILINE))
 
 
-def array_operations(executable, size=1000):
+def array_operations(executable):
     """Of these, the ones that make arrays."""
-    return operations(executable, rf"\w+\[{size}\]\S*")
+    return operations(executable, rf"\w+\[{LEAF}\]\S*")
 
 
 @pytest.mark.parametrize("leaves", [1, 20])
 def test_a_float32_step_has_the_operations_of_optax(leaves):
     """On arrays; the scalars of the bias correction are computed otherwise."""
-    shapes = _shapes.many(leaves, 1000)
-    ours = compiled(adamax(0.1), shapes)
-    theirs = compiled(optax.adamax(0.1), shapes)
+    arrays = shapes.many(leaves, LEAF)
+    ours = compiled(adamax(0.1), arrays)
+    theirs = compiled(optax.adamax(0.1), arrays)
     expected = array_operations(theirs)
     assert expected["fusion"] == 3 * leaves
     assert expected["maximum"] == expected["divide"] == leaves
@@ -65,57 +72,50 @@ def test_a_float32_step_has_the_operations_of_optax(leaves):
 
 def test_only_an_eps_that_may_be_zero_is_tested_for_0_by_0():
     def compares(eps):
-        return operations(compiled(adamax(0.1, eps=eps), {"array": (1000,)}))["compare"]
+        return operations(compiled(adamax(0.1, eps=eps), {"array": (LEAF,)}))["compare"]
 
     positive = compares(1e-8)
+    # Subnormal numbers may count as 0, and an array is not looked into.
     assert compares(0.0) == compares(1e-45) == compares(jnp.float32(1e-8))
     assert compares(0.0) > positive
 
 
-@pytest.mark.parametrize("storage", list(STORAGES.values()), ids=list(STORAGES))
+@every_storage
 def test_a_step_is_three_kernels_a_leaf(storage):
     """m, u and the parameters; on a CPU, narrow m and u are copied before."""
-    ours = compiled(adamax(0.1, **storage), _shapes.many(20, 1000))
+    leaves = 20
+    ours = compiled(adamax(0.1, **STORAGES[storage]), shapes.many(leaves, LEAF))
     _, entry = ours.as_text().split("ENTRY")
-    kernels = re.findall(r"^ .* = \w+\[1000\]\S* ([\w-]+)\(", entry, re.MULTILINE)
+    kernels = re.findall(rf"^ .* = \w+\[{LEAF}\]\S* ([\w-]+)\(", entry, re.MULTILINE)
     found = collections.Counter(kernels)
-    # The gradients, and what is donated.
-    assert found.pop("parameter") == 20 * 4
-    copies = {} if storage == {} else {"copy": 40}
-    assert found == {"fusion": 60} | copies
+    # The gradients, and what is donated: the parameters, m and u.
+    assert found.pop("parameter") == 4 * leaves
+    copies = {} if storage == "own" else {"copy": 2 * leaves}
+    assert found == {"fusion": 3 * leaves} | copies
 
 
-@pytest.mark.parametrize("storage", list(STORAGES.values()), ids=list(STORAGES))
+@every_storage
 def test_temporary_memory(storage):
-    """In float32 none, as in Optax; else at most the state itself, once more."""
-    size = 100_000
-    executable = compiled(adamax(0.1, **storage), {"array": (size,)})
-    temporary = executable.memory_analysis().temp_size_in_bytes
-    state = {"own": 0, "bfloat16": 4, "two bytes": 2}
-    (name,) = (name for name, value in STORAGES.items() if value == storage)
-    assert temporary <= state[name] * size + 1000
+    """In float32 none, as in Optax; else at most the state itself, once more.
+
+    Region analysis saves that, as the README advises for narrow states on a CPU.
+    """
+
+    def temporary(compiler_options=None):
+        optimizer = adamax(0.1, **STORAGES[storage])
+        executable = compiled(optimizer, {"array": (LARGE,)}, compiler_options)
+        return executable.memory_analysis().temp_size_in_bytes
+
+    copied = 0 if storage == "own" else STATE_BYTES[storage]
+    assert temporary() <= copied * LARGE + SCALARS
+    assert temporary(REGION_ANALYSIS) < SCALARS
 
 
-def test_region_analysis_saves_the_temporary_memory():
-    """What the README advises for narrow states on a CPU."""
-    program = (
-        "import test_bench as t\n"
-        "for storage in t.STORAGES.values():\n"
-        "    step = t.compiled(t.adamax(0.1, **storage), {'array': (100_000,)})\n"
-        "    assert step.memory_analysis().temp_size_in_bytes < 1000, storage\n"
-    )
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_cpu_copy_insertion_use_region_analysis=true",
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
-
-
-@pytest.mark.parametrize("storage", list(STORAGES.values()), ids=list(STORAGES))
+@every_storage
 def test_leaves_of_one_shape_are_traced_once(storage):
-    optimizer = adamax(0.1, **storage)
-    gradients = _bench.gradients_for(_shapes.many(50, 10))
+    leaves = 50
+    optimizer = adamax(0.1, **STORAGES[storage])
+    gradients = bench.gradients_for(shapes.many(leaves, 10))
     jaxpr = jax.make_jaxpr(optimizer.update)(gradients, optimizer.init(gradients))
     calls = collections.Counter(
         (equation.params["name"], id(equation.params["jaxpr"]))
@@ -123,43 +123,49 @@ def test_leaves_of_one_shape_are_traced_once(storage):
         if "jaxpr" in equation.params
     )
     for name in ("_update_leaf", "_multiply"):
-        assert [n for (called, _), n in calls.items() if called == name] == [50]
+        assert [n for (called, _), n in calls.items() if called == name] == [leaves]
 
 
 def test_shapes_are_those_of_the_models():
-    def count(shapes):
-        return len(shapes), sum(math.prod(shape) for shape in shapes.values())
+    def count(arrays):
+        return len(arrays), sum(math.prod(shape) for shape in arrays.values())
 
     # torchvision.models.resnet50 has as many.
-    assert count(_shapes.resnet50()) == (161, 25_557_032)
+    assert count(shapes.resnet50()) == (161, 25_557_032)
     # GPT-2, whose smallest has 124,439,808.
-    gpt2 = _shapes.transformer(layers=12, width=768, vocabulary=50_257)
+    gpt2 = shapes.transformer(layers=12, width=768, vocabulary=50_257)
     assert count(gpt2) == (148, 124_439_808)
-    assert count(_shapes.transformer()) == (100, 34_132_992)
-    assert count(_shapes.many()) == (1000, 1_000_000)
+    assert count(shapes.transformer()) == (100, 34_132_992)
+    assert count(shapes.many()) == (1000, 1_000_000)
 
 
-def test_contenders_take_turns(monkeypatch):
+@pytest.fixture
+def at_once(monkeypatch):
+    """No steps only for the machine to settle, but one."""
+    monkeypatch.setattr(bench, "SETTLE", 1e-9)
+
+
+def test_contenders_take_turns(at_once):
     """In another order each round, each after a step of its own that is not timed."""
-    monkeypatch.setattr(_bench, "SETTLE", 1e-9)
+    names, rounds = "abc", 20
     calls = []
-    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = _bench.take_turns(runs, rounds=20)
+    runs = {name: lambda name=name: calls.append(name) for name in names}
+    seconds = bench.take_turns(runs, rounds)
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys(
-        "abc", 20
+        names, rounds
     )
-    assert calls[::2] == calls[1::2]
-    timed = calls[1::2]
-    rounds = ["".join(timed[i : i + 3]) for i in range(0, len(timed), 3)]
-    assert len(rounds) == _bench.WARM_UP + 20
-    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
-    assert len(set(rounds)) == 6
+    untimed, timed = calls[::2], calls[1::2]
+    assert untimed == timed
+    orders = ["".join(order) for order in zip(*[iter(timed)] * len(names), strict=True)]
+    assert len(orders) == bench.WARM_UP + rounds
+    assert all(sorted(order) == list(names) for order in orders)
+    assert len(set(orders)) == math.factorial(len(names))
 
 
-@pytest.mark.parametrize("name", _bench.OPTIMIZERS)
+@pytest.mark.parametrize("name", bench.OPTIMIZERS)
 def test_a_step_is_donated_and_waited_for(name, monkeypatch):
-    gradients = _bench.gradients_for({"array": (1000,)})
-    run = _bench.contenders(flattened=False)[name](gradients)
+    gradients = bench.gradients_for({"array": (LEAF,)})
+    run = bench.contenders(flattened=False)[name](gradients)
     waited = []
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
     for _ in range(2):
@@ -170,19 +176,25 @@ def test_a_step_is_donated_and_waited_for(name, monkeypatch):
     assert jax.tree.leaves(waited[-1]) == jax.tree.leaves((run._params, run._state))
 
 
-def test_compiling_begins_with_empty_caches(monkeypatch, tmp_path):
-    monkeypatch.setattr(_bench, "TREES", {_bench.MANY: _shapes.many(2, 10)})
-    compiles = []
+def test_the_first_compiling_is_not_counted(monkeypatch):
+    monkeypatch.setattr(bench, "TREES", {bench.MANY: shapes.many(2, 10)})
+    calls = []
+    monkeypatch.setattr(bench, "_compile", lambda *_: calls.append(0) or (1.0, 2.0))
+    rounds = 3
+    rows = bench.compile_rows(rounds)
+    assert len(calls) == (1 + rounds) * len(bench.OPTIMIZERS)
+    assert {row.rounds for row in rows} == {rounds}
+    assert {(row.what, row.milliseconds.median) for row in rows} == {
+        ("trace and lower", 1000),
+        ("compile", 2000),
+    }
+
+
+def test_compiling_begins_with_empty_caches(monkeypatch):
     cleared = []
-    monkeypatch.setattr(_bench, "_compile", lambda *_: compiles.append(0) or (1.0, 2.0))
-    rows = _bench.compile_rows(rounds=3)
-    assert len(compiles) == 4 * len(_bench.OPTIMIZERS)
-    assert {row.rounds for row in rows} == {3}
-    assert {row.milliseconds.median for row in rows} == {1000, 2000}
-    monkeypatch.undo()
     monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(0))
-    optimizer = _bench.OPTIMIZERS["optax.adamax"]
-    trace, compile = _bench._compile(optimizer, {"array": jnp.ones(3)})
+    optimizer = bench.OPTIMIZERS[bench.REFERENCE]
+    trace, compile = bench._compile(optimizer, {"array": jnp.ones(3)})
     assert trace > 0 and compile > 0 and cleared == [0]
 
 
@@ -190,18 +202,24 @@ def test_a_contender_that_cannot_run_is_left_out(monkeypatch, capsys):
     def fail(gradients):
         raise MemoryError("no room")
 
-    makers = {"copy": _bench.CopyRun, "broken": fail}
-    monkeypatch.setattr(_bench, "contenders", lambda flattened: makers)
-    gradients = _bench.gradients_for({"array": (10,)})
-    assert list(_bench.make_runs(gradients, flattened=False)) == ["copy"]
+    gradients = bench.gradients_for({"array": (10,)})
+    makers = {"copy": bench.CopyRun, "broken": fail}
+    monkeypatch.setattr(bench, "contenders", lambda flattened: makers)
+    assert list(bench.make_runs(gradients, flattened=False)) == ["copy"]
     assert "left out: broken: no room" in capsys.readouterr().err
+    # Nothing can be said without the one that the others are compared to.
+    makers[bench.REFERENCE] = fail
+    with pytest.raises(MemoryError, match="no room"):
+        bench.make_runs(gradients, flattened=False)
 
 
-def test_bytes_are_counted():
+def test_bytes_are_counted(at_once):
     rows = {
         row.contender: row
-        for row in _bench.step_rows("one", {"array": (100_000,)}, rounds=2)
+        for row in bench.step_rows("one", {"array": (LARGE,)}, rounds=2)
     }
+    # The scalars of the state are the rest.
+    almost = functools.partial(pytest.approx, abs=1e-3)
     for name, state in {
         "optax.adamax": 8,
         "optax.adam": 8,
@@ -210,10 +228,9 @@ def test_bytes_are_counted():
         "adamax int8/uint8": 2,
     }.items():
         row = rows[name]
-        assert row.state_bytes_per_parameter == pytest.approx(state, abs=1e-3)
+        assert row.state_bytes_per_parameter == almost(state)
         # The gradient once, the parameter and the state twice.
-        moved = 4 + 2 * (4 + state)
-        assert row.moved_bytes_per_parameter == pytest.approx(moved, abs=1e-3)
+        assert row.moved_bytes_per_parameter == almost(4 + 2 * (4 + state))
         assert row.milliseconds.low <= row.milliseconds.median <= row.milliseconds.high
     assert rows["copy"].moved_bytes_per_parameter == 8
     assert rows["copy"].share_of_bandwidth == pytest.approx(1)
@@ -222,53 +239,93 @@ def test_bytes_are_counted():
 
 
 def test_every_contender_takes_the_steps_of_its_optimizer():
-    """Two, with a second gradient that tells Adam and AdaMax apart."""
-    gradients = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([3.0])}
+    """Two, with a second gradient that tells the optimizers apart."""
+    first = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([3.0])}
+    second = jax.tree.map(lambda g: g / 8, first)
+
+    @functools.cache
+    def moved(make_optimizer):
+        optimizer = make_optimizer(bench.LEARNING_RATE)
+
+        @jax.jit
+        def two_steps(params):
+            state = optimizer.init(params)
+            for g in (first, second):
+                updates, state = optimizer.update(g, state, params)
+                params = optax.apply_updates(params, updates)
+            return jax.tree.map(lambda p: p - 1, params)
+
+        return two_steps(jax.tree.map(jnp.ones_like, first))
+
     others = {
         "optax.adam": optax.adam,
         "lp_adam p=3": functools.partial(lp_adam, p=3),
     }
-    for name, make in _bench.contenders(flattened=True).items():
-        run = make(gradients)
+    # 1 was added and subtracted; a uint8 u is known to a ninth of itself.
+    float32_error, errors = 1e-3, {"bfloat16": 0.01, "uint8": 0.13}
+    for name, make in bench.contenders(flattened=True).items():
+        run = make(first)
+        run()
         if not name.startswith(("adamax", "optax", "lp_adam")):
-            run()
             continue
+        run._gradients = second
         run()
-        run._gradients = jax.tree.map(lambda g: g / 8, gradients)
-        run()
-        make_optimizer = others.get(name, optax.adamax)
-        optimizer = make_optimizer(_bench.LEARNING_RATE)
-        params = jax.tree.map(jnp.ones_like, gradients)
-        state = optimizer.init(params)
-        for g in (gradients, run._gradients):
-            updates, state = optimizer.update(g, state, params)
-            params = optax.apply_updates(params, updates)
-        moved, expected = (
-            jax.tree.map(lambda p: p - 1, tree) for tree in (run._params, params)
+        (error,) = [e for n, e in errors.items() if n in name] or [float32_error]
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda p: p - 1, run._params),
+            moved(others.get(name, optax.adamax)),
+            rtol=error,
         )
-        # A uint8 u is known to a ninth of itself.
-        chex.assert_trees_all_close(moved, expected, rtol=0.13)
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Small arrays, and few of them."""
-    monkeypatch.setattr(_bench, "SIZES", (10, 100))
-    monkeypatch.setattr(_bench, "SETTLE", 1e-9)
-    monkeypatch.setattr(_bench, "TREES", {_bench.MANY: _shapes.many(3, 10)})
+def recorded(monkeypatch):
+    """What is measured, without measuring it."""
+    calls = []
+    for name in ("step_rows", "uncompiled_rows", "compile_rows"):
+        monkeypatch.setattr(
+            bench, name, lambda *args, name=name: calls.append((name, *args)) or [name]
+        )
+    return calls
 
 
-def test_command(quick, tmp_path, capsys):
+def test_everything_up_to_the_largest_size_is_measured(recorded, monkeypatch):
+    small, large = shapes.many(3, 10), shapes.many(2, 100)
+    monkeypatch.setattr(bench, "SIZES", (10, 100, 1000))
+    monkeypatch.setattr(bench, "TREES", {"large": large, bench.MANY: small})
+    measured = list(bench.measure(max_size=50, rounds=8))
+    one = [("step_rows", f"one of {n}", {"array": (n,)}, 8) for n in (10, 50)]
+    assert recorded == [
+        *one,
+        ("step_rows", bench.MANY, small, 8),
+        ("uncompiled_rows", 8),
+        ("compile_rows", 2),
+    ]
+    assert measured == [[name] for name, *_ in recorded]
+
+
+def test_small_arrays_alone(recorded, monkeypatch):
+    monkeypatch.setattr(bench, "TREES", {bench.MANY: shapes.many(3, 10)})
+    list(bench.measure(max_size=9, rounds=1))
+    assert recorded == [("step_rows", "one of 9", {"array": (9,)}, 1)]
+
+
+def test_command(at_once, monkeypatch, tmp_path, capsys):
+    """With few contenders, on small arrays."""
+    few = {name: bench.OPTIMIZERS[name] for name in (bench.REFERENCE, "adamax float32")}
+    monkeypatch.setattr(bench, "OPTIMIZERS", few)
+    monkeypatch.setattr(bench, "SIZES", (10, 100))
+    monkeypatch.setattr(bench, "TREES", {bench.MANY: shapes.many(3, 10)})
     path, figure = tmp_path / "bench.json", tmp_path / "bench.png"
-    arguments = ["bench", "--max-size", "50", "--repetitions", "2"]
-    arguments += ["--json", str(path), "--figure", str(figure)]
-    assert __main__.main(arguments) == 0
+    arguments = ["bench", "--max-size", "20", "--repetitions", "2"]
+    assert main([*arguments, "--json", str(path), "--figure", str(figure)]) == 0
     printed = capsys.readouterr().out
     results = json.loads(path.read_text())
     assert results["rounds"] == 2
     assert results["versions"]["optax"] == optax.__version__
+    assert results["command"].endswith("bench --max-size 20 --repetitions 2")
     steps = [row for row in results["rows"] if "leaves" in row]
-    assert {row["parameters"] for row in steps} == {10, 50, 30}
+    assert {row["parameters"] for row in steps} == {10, 20, 30}
     assert any("flattened" in row["contender"] for row in steps)
     kinds = {row["what"] for row in results["rows"] if "what" in row}
     assert kinds == {"update, not compiled", "trace and lower", "compile"}
@@ -276,46 +333,14 @@ def test_command(quick, tmp_path, capsys):
         assert f"| {row['contender']} |" in printed
         assert row["milliseconds"][0] > 0
     assert "Medians of 2 rounds" in printed
-    again = [row for row in steps if row["contender"] == "optax.adamax, again"]
+    again = [row for row in steps if row["contender"] == bench.AGAIN]
     assert len(again) == 3
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_figure_and_json_need_a_folder(tmp_path, capsys):
-    arguments = ["bench", "--json", str(tmp_path / "missing" / "bench.json")]
-    assert __main__.main(arguments) == 1
-    assert "no folder" in capsys.readouterr().err
-
-
-def test_figure_of_an_unknown_kind(tmp_path, capsys):
-    assert __main__.main(["bench", "--figure", str(tmp_path / "bench.xyz")]) == 1
-    assert ".pdf or .png or .svg" in capsys.readouterr().err
-
-
-def test_an_error_keeps_what_was_measured(quick, monkeypatch, capsys):
-    def fail(rounds):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(_bench, "uncompiled_rows", fail)
-    with pytest.raises(RuntimeError):
-        __main__.main(["bench", "--max-size", "10", "--repetitions", "1"])
-    assert "| optax.adamax |" in capsys.readouterr().out
-
-
-def test_small_arrays_alone(quick, capsys):
-    assert __main__.main(["bench", "--max-size", "9", "--repetitions", "1"]) == 0
-    printed = capsys.readouterr().out
-    assert "| one of 9 |" in printed
-    assert "compile |" not in printed
-
-
-def test_interrupt_keeps_what_was_measured(quick, tmp_path, monkeypatch, capsys):
-    def interrupted(rounds):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(_bench, "uncompiled_rows", interrupted)
-    path = tmp_path / "bench.json"
-    arguments = ["bench", "--max-size", "10", "--repetitions", "1", "--json", str(path)]
-    assert __main__.main(arguments) == 130
-    assert len(json.loads(path.read_text())["rows"]) >= 6
-    assert "| optax.adamax |" in capsys.readouterr().out
+@pytest.mark.parametrize("option", ["--max-size", "--repetitions"])
+def test_what_is_counted_is_above_0(option, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["bench", option, "0"])
+    assert exit.value.code == 2
+    assert "'0' is not a whole number above 0" in capsys.readouterr().err

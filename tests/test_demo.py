@@ -1,79 +1,154 @@
-"""``python -m adamax_jax demo`` as a user types it."""
+"""``python -m adamax_jax demo``: the trainings, the table and the figure."""
 
-import importlib.metadata
+import argparse
+import contextlib
+import io
 import json
-import os
-import signal
-import subprocess
-import sys
+import math
+import re
 
+import jax
+import numpy as np
 import pytest
 
-from adamax_jax import _demo
-from adamax_jax.__main__ import main
+from adamax_jax._lab import demo
+from adamax_jax._lab.cli import main
+from adamax_jax._lab.train import Run
 
-COMMAND = [sys.executable, "-m", "adamax_jax"]
 PNG = b"\x89PNG\r\n"
+# The weights and biases of the three layers.
+PARAMETERS = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
+# AdaMax's state in float32, beside m and u.
+COUNT_AND_SCALE = 4 + 4
 
 
-def demo(folder, *arguments, code=0):
-    done = subprocess.run(
-        [*COMMAND, "demo", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+def run_demo(folder, *arguments):
+    """What ``demo`` saves as JSON, prints, and tells of its progress."""
+    output, progress = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(progress),
+        # Flax's layers broadcast and promote, which the suite refuses.
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        assert main(["demo", *arguments, "--json", "a.json"]) == 0
+    numbers = json.loads((folder / "a.json").read_text(encoding="utf-8"))
+    return numbers, output.getvalue(), progress.getvalue()
 
 
-def test_help_without_a_command():
-    done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    assert "demo" in done.stdout
+EPOCHS, SEED, RATE = 12, 3, 0.0123
+TRAINING = ["--epochs", str(EPOCHS), "--seed", str(SEED)]
+TRAINING += ["--learning-rate", f"adamax={RATE}", "--optimizers"]
 
 
-def test_version():
-    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True)
-    assert done.stdout.strip() == importlib.metadata.version("adamax_jax")
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """Two optimizers, and the folder in which the figure is."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, *run_demo(folder, *TRAINING, "sgd", "adamax")
 
 
-def test_training_is_real_and_deterministic(tmp_path):
-    arguments = ["--epochs", "12", "--optimizers", "sgd", "adamax", "--seed", "3"]
-    output = demo(tmp_path, *arguments, "--json", "a.json")
-    assert str(tmp_path / "adamax_demo.png") in output
-    assert (tmp_path / "adamax_demo.png").read_bytes().startswith(PNG)
-    results = json.loads((tmp_path / "a.json").read_text())
-    assert [run["optimizer"] for run in results["runs"]] == ["sgd", "adamax"]
+def test_training_is_real(training):
+    _, results, _, _ = training
+    assert (results["epochs"], results["seed"]) == (EPOCHS, SEED)
     for run in results["runs"]:
-        assert len(run["costs"]) == 12
+        assert len(run["costs"]) == EPOCHS
         assert run["costs"][-1] < run["costs"][0] / 3
-        assert run["test_accuracy"] > 0.9
+        last = run["costs"][-demo.FINAL_PASSES :]
+        assert run["final_cost"] == pytest.approx(np.mean(last))
+        assert run["test_accuracy"] > 90
+        assert (run["seed"], run["parameters"]) == (SEED, PARAMETERS)
     sgd, adamax = results["runs"]
-    parameters = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
-    assert sgd["state_bytes"] == 4 * parameters
-    assert adamax["state_bytes"] == 8 * parameters + 4 + 4
-
-    demo(tmp_path, *arguments, "--json", "b.json", "--figure", "b.png")
-    again = json.loads((tmp_path / "b.json").read_text())
-    for run, run_again in zip(results["runs"], again["runs"], strict=True):
-        assert run["costs"] == run_again["costs"]
-        assert run["test_accuracy"] == run_again["test_accuracy"]
+    assert (sgd["method"], adamax["method"]) == ("sgd", "adamax")
+    assert sgd["learning_rate"] == demo.CONTENDERS["sgd"].learning_rate
+    assert adamax["learning_rate"] == RATE
+    assert sgd["state_bytes"] == 4 * PARAMETERS
+    assert adamax["state_bytes"] == 8 * PARAMETERS + COUNT_AND_SCALE
 
 
-def test_learning_rate(tmp_path):
-    arguments = ["--epochs", "2", "--optimizers", "adam", "--json", "a.json"]
-    demo(tmp_path, *arguments, "--learning-rate", "adam=0.0123")
-    assert json.loads((tmp_path / "a.json").read_text())["runs"][0][
-        "learning_rate"
-    ] == pytest.approx(0.0123)
+def test_table_caption_figure_and_progress(training):
+    folder, results, output, progress = training
+    header, *rows = output.strip().splitlines()[:3]
+    columns = "optimizer learning rate training cost test accuracy state bytes seconds"
+    assert header.split() == columns.split()
+    for row, run in zip(rows, results["runs"], strict=True):
+        assert row.startswith(demo.CONTENDERS[run["method"]].label)
+        assert f" {run['learning_rate']:g} {run['final_cost']:>13.4f} " in row
+        assert f" {run['test_accuracy']:.1f}% {run['state_bytes']:>11,} " in row
+    last = f"over the last {demo.FINAL_PASSES} of {EPOCHS} passes; seed {SEED}; jax"
+    assert last in output
+    assert "  best" not in output
+    lines = progress.splitlines()
+    for line, run in zip(lines, results["runs"], strict=True):
+        label = demo.CONTENDERS[run["method"]].label
+        assert f"{label}, learning rate {run['learning_rate']:g} (" in line
+    figure = folder / "adamax_demo.png"
+    assert f"Saved: {figure.resolve()}" in output
+    assert figure.read_bytes().startswith(PNG)
 
 
-def test_sweep_marks_one_best(tmp_path):
-    output = demo(tmp_path, "--epochs", "2", "--optimizers", "adamax", "--sweep")
-    assert output.count("  best") == 1
-    assert output.count("AdaMax  ") >= 7
+def test_a_sweep_draws_its_best_and_trains_as_before(training, tmp_path):
+    arguments = [*TRAINING, "adamax", "--sweep", "--figure", "a.svg"]
+    results, output, _ = run_demo(tmp_path, *arguments)
+    runs = {run["learning_rate"]: run for run in results["runs"]}
+    expected = [RATE * 2.0**k for k in range(-3, 4)]
+    # They are rounded to four digits.
+    assert list(runs) == pytest.approx(expected, rel=1e-3)
+    assert output.count("\nAdaMax  ") == len(expected)
+    best = min(runs.values(), key=lambda run: run["final_cost"])
+    (marked,) = re.findall(r"^AdaMax +(\S+) .*  best$", output, re.MULTILINE)
+    assert marked == f"{best['learning_rate']:g}"
+    # Matplotlib names in comments what it writes.
+    drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert re.findall(r"<!-- AdaMax  \(learning rate (\S+)\) -->", drawn) == [marked]
+    # The same training once more.
+    _, before = training[1]["runs"]
+    for what in ("costs", "curve", "metrics", "state_bytes"):
+        assert runs[RATE][what] == before[what]
+
+
+def run_of(name, learning_rate, cost):
+    return Run(
+        task=demo.TASK,
+        method=name,
+        learning_rate=learning_rate,
+        seed=0,
+        metrics=[cost, 95.0],
+        state_bytes=80,
+        parameters=10,
+        seconds=0.0,
+        losses=np.full(4, cost),
+    )
+
+
+def test_a_sweep_has_one_best_per_optimizer():
+    runs = [
+        run_of("sgd", 0.1, math.nan),
+        run_of("sgd", 0.2, 1.5),
+        run_of("sgd", 0.4, math.inf),
+        run_of("adamax", 0.1, 0.5),
+        run_of("adamax", 0.2, 0.7),
+        # Nothing else was trained with it.
+        run_of("adam", 0.3, math.nan),
+    ]
+    options = argparse.Namespace(sweep=True, epochs=2, seed=0)
+    text = demo._text(runs, options)
+    marked = re.findall(r"^(.{12}) +(\S+) .*  best$", text, re.MULTILINE)
+    assert [(label.strip(), rate) for label, rate in marked] == [
+        ("SGD Nesterov", "0.2"),
+        ("AdaMax", "0.1"),
+        ("Adam", "0.3"),
+    ]
+
+
+def test_divergence_is_valid_json_and_drawn(tmp_path):
+    arguments = ["--epochs", "1", "--optimizers", "sgd", "--learning-rate", "sgd=1e30"]
+    results, _, _ = run_demo(tmp_path, *arguments)
+    assert "NaN" not in (tmp_path / "a.json").read_text()
+    assert results["runs"][0]["costs"] == [None]
+    assert (tmp_path / "adamax_demo.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize(
@@ -86,78 +161,17 @@ def test_sweep_marks_one_best(tmp_path):
         (["--learning-rate", "adam=1", "--optimizers", "sgd"], "adam is not trained"),
         (["--epochs", "0"], "'0' is not a whole number above 0"),
         (["--seed", "-1"], "'-1' is not a whole number below 2^32"),
-        (["--figure", "a.pdf"], "'a.pdf' does not end in .png"),
+        (["--seed", str(2**32)], "is not a whole number below 2^32"),
     ],
 )
-def test_unknown_values_list_what_is_allowed(tmp_path, arguments, message):
-    assert message in demo(tmp_path, *arguments, code=2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--figure", "none/figure.png"], "no folder none"),
-        (["--json", "."], "it is a folder"),
-    ],
-)
-def test_what_cannot_be_saved_is_said_before_training(tmp_path, arguments, message):
-    assert message in demo(tmp_path, *arguments, code=1)
-
-
-def test_divergence_is_valid_json(tmp_path):
-    arguments = ["--epochs", "1", "--optimizers", "sgd", "--json", "a.json"]
-    demo(tmp_path, *arguments, "--learning-rate", "sgd=1e30")
-    assert "NaN" not in (tmp_path / "a.json").read_text()
-    assert json.loads((tmp_path / "a.json").read_text())["runs"][0]["costs"] == [None]
-
-
-def test_missing_extra_is_reported_as_the_command_that_installs_it(tmp_path):
-    (tmp_path / "flax.py").write_text("raise ImportError")
-    (tmp_path / "tqdm.py").write_text("raise ImportError")
-    message = demo(tmp_path, code=1)
-    assert "needs flax, tqdm" in message
-    assert 'pip install -e ".[demo]"' in message
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
-def test_interrupt_leaves_a_figure_of_what_was_done(tmp_path):
-    # A shell's background job, as CI may be, ignores SIGINT; a user's command does not.
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import sys; from adamax_jax.__main__ import main; sys.exit(main())"
-    )
-    arguments = ["demo", "--epochs", "100000", "--optimizers", "adamax"]
-    with subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as process:
-        try:
-            # The progress bar shows a cost as soon as one pass is done.
-            seen = b""
-            while b"cost=" not in seen and (more := process.stdout.read1()):
-                seen += more
-            process.send_signal(signal.SIGINT)
-            output, _ = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 130, output.decode()
-    assert b"AdaMax" in output
-    assert b"Traceback" not in output
-    assert (tmp_path / "adamax_demo.png").read_bytes().startswith(PNG)
-
-
-def test_an_interrupt_that_jax_wraps_is_one_and_an_error_is_none(monkeypatch, capsys):
-    def wrap(*_):
-        raise ValueError("while comparing") from KeyboardInterrupt()
-
-    monkeypatch.setattr(_demo, "_train_all", wrap)
-    assert main(["demo"]) == 130
-
-    def fail(*_):
-        raise ValueError("another")
-
-    monkeypatch.setattr(_demo, "_train_all", fail)
-    with pytest.raises(ValueError, match="another"):
-        main(["demo"])
+def test_unknown_values_list_what_is_allowed(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["demo", *arguments])
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

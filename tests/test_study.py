@@ -1,22 +1,23 @@
-"""``python -m adamax_jax study``: its tasks, its statistics and the command."""
+"""``python -m adamax_jax study``: its tasks, trainings, search, statistics, tables."""
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from adamax_jax import _results, _study
-from adamax_jax._tasks import TASKS
-from adamax_jax._trainer import Trainer, order_of
+from adamax_jax._lab import study, tasks
+from adamax_jax._lab.cli import main
+from adamax_jax._lab.estimates import Estimate, digits_to_show, estimate, show
+from adamax_jax._lab.tasks import ALL_TASKS, TASKS
+from adamax_jax._lab.train import CURVE_POINTS, Run, Trainer, order_of
 
-COMMAND = [sys.executable, "-m", "adamax_jax", "study"]
+# Of Student's t, for an interval of 95 %.
+T_OF_1, T_OF_4 = 12.706, 2.776
+DIGITS = 1e-3
 
 
 @pytest.fixture(autouse=True)
@@ -26,175 +27,470 @@ def lenient():
         yield
 
 
-def command(folder, *arguments, code=0):
-    done = subprocess.run(
-        [*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly():
+    """Here compiling takes far longer than training."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+    # Other tests are to compile their own.
+    jax.clear_caches()
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_task_learns_and_every_variant_starts_alike(task, monkeypatch):
-    monkeypatch.setitem(_study.VARIANTS, "other", optax.sgd)
-    run, other = _study.study([task], ["float32", "other"], seeds=1, steps=8)
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_learns_and_every_method_starts_alike(name):
+    task = TASKS[name]
+    problem = task.make()
+    trainer = Trainer(problem, task, study.METHODS["AdaMax"], steps=8)
+    run = trainer.run(name, "AdaMax", task.learning_rate, seed=0)
     assert run.losses.shape == (8,)
     assert np.all(np.isfinite(run.losses))
     assert np.mean(run.losses[-2:]) < np.mean(run.losses[:2])
-    assert len(run.metrics) == len(TASKS[task].metrics)
+    assert len(run.metrics) == len(task.metrics)
     assert np.all(np.isfinite(run.metrics))
     assert 8 <= run.state_bytes / run.parameters < 8.01
-    assert other.state_bytes < 8
-    assert other.losses[0] == pytest.approx(run.losses[0], rel=1e-6)
+    # Of all others, one that goes nowhere compiles fastest.
+    other = Trainer(problem, task, lambda rate: optax.set_to_zero(), steps=1)
+    _, losses = other.train(task.learning_rate, seed=0)
+    assert losses[0] == pytest.approx(run.losses[0], rel=1e-6)
 
 
-def test_a_seed_fixes_weights_data_and_noise_for_all_variants():
+def test_a_seed_fixes_weights_data_and_noise_for_all_methods():
     task = TASKS["mlp"]
     problem = task.make()
     ours, optaxs = (
-        Trainer(problem, task, _study.VARIANTS[variant], steps=4)
-        for variant in ("float32", "optax float32")
+        Trainer(problem, task, study.METHODS[method], steps=4)
+        for method in ("AdaMax", "optax.adamax")
     )
     rate = task.learning_rate
-    (params, losses), (params_again, losses_again) = ours(0, rate), ours(0, rate)
+    params, losses = ours.train(rate, 0)
+    params_again, losses_again = ours.train(rate, 0)
     np.testing.assert_array_equal(losses, losses_again)
     jax.tree.map(np.testing.assert_array_equal, params, params_again)
-    np.testing.assert_allclose(optaxs(0, rate)[1], losses, rtol=1e-4)
-    assert ours(1, rate)[1][0] != losses[0]
+    # These differ in rounding.
+    np.testing.assert_allclose(optaxs.train(rate, 0)[1], losses, rtol=1e-4)
+    assert ours.train(rate, 1)[1][0] != losses[0]
+
+
+STEPS, EXAMPLES = 8, 5
+
+
+def trainer_of_a_number(loss, method=lambda rate: optax.set_to_zero(), **changes):
+    """What trains one random number on one example at a time; quickly compiled."""
+    problem = tasks.Problem(
+        init=jax.random.normal,
+        # A gradient of 0 where the loss does not say otherwise.
+        loss=lambda w, batch, key: loss(w, batch, key) + 0 * w,
+        examples=np.arange(EXAMPLES, dtype=np.float32),
+        measure=lambda w: (w,),
+    )
+    task = TASKS["flow"]._replace(batch=1, **changes)
+    return Trainer(problem, task, method, STEPS)
+
+
+def test_each_seed_has_weights_data_and_noise_of_its_own():
+    def losses_of_two_seeds(loss):
+        trainer = trainer_of_a_number(loss)
+        return [np.asarray(trainer.train(0.1, seed)[1]) for seed in (0, 1)]
+
+    one, another = losses_of_two_seeds(lambda w, batch, key: w)
+    assert len(set(one)) == len(set(another)) == 1
+    assert one[0] != another[0]
+    one, another = losses_of_two_seeds(lambda w, batch, key: batch[0])
+    for seed, seen in enumerate((one, another)):
+        order = order_of(EXAMPLES, STEPS, batch=1, seed=seed)
+        np.testing.assert_array_equal(seen, order.ravel())
+    assert list(one) != list(another)
+    noise = losses_of_two_seeds(lambda w, batch, key: jax.random.uniform(key))
+    assert len(set(np.concatenate(noise))) == 2 * STEPS
+
+
+def test_the_schedule_is_that_of_the_task():
+    rate = 0.5
+    for cosine in (False, True):
+        trainer = trainer_of_a_number(lambda w, *_: w, optax.sgd, cosine=cosine)
+        w, losses = trainer.train(rate, seed=0)
+        schedule = TASKS["flow"]._replace(cosine=cosine).schedule(rate, STEPS)
+        rates = [schedule(t) if cosine else schedule for t in range(STEPS)]
+        fallen = -np.diff([*losses, w])
+        np.testing.assert_allclose(fallen, rates, atol=1e-6)
 
 
 def test_order_is_whole_passes():
-    order = order_of(examples=10, steps=5, batch=4, seed=0)
+    examples = 10
+    order = order_of(examples, steps=5, batch=4, seed=0)
     assert order.shape == (5, 4)
-    assert sorted(order.reshape(-1)[:10]) == list(range(10))
-    assert sorted(order.reshape(-1)[10:]) == list(range(10))
+    first, second = np.split(order.ravel(), [examples])
+    assert sorted(first) == sorted(second) == list(range(examples))
+    assert list(first) != list(second)
 
 
-def run_of(variant, seed, metric, task="flow"):
-    return _study.Run(task, variant, seed, [metric], 80, 10, 0.0, np.zeros(1))
+def test_a_warm_up_rises_and_what_follows_falls():
+    wide = ALL_TASKS["transformer, wide"]
+    rate, steps = 0.5, 20
+    rise = wide.warm_up * steps
+    schedule = wide.schedule(rate, steps)
+    rates = [float(schedule(t)) for t in range(steps + 1)]
+    assert rates[:3] == pytest.approx([0, rate / rise, rate])
+    assert all(np.diff(rates[2:]) < 0)
+    assert rates[-1] == pytest.approx(0)
+    assert TASKS["mlp"].schedule(rate, steps) == rate
+
+
+def searched(cost, first=0):
+    """The powers that a search visits, and where it ends."""
+    costs = {}
+    exponent = first
+    while (exponent := study.next_exponent(costs, exponent)) not in costs:
+        costs[exponent] = cost(exponent)
+    return list(costs), exponent
+
+
+@pytest.mark.parametrize("best", [-5, -1, 0, 1, 4])
+@pytest.mark.parametrize("first", [0, 2])
+def test_the_search_ends_between_two_worse(best, first):
+    visited, end = searched(lambda exponent: (exponent - best) ** 2, first)
+    assert end == best
+    assert {best - 1, best, best + 1} <= set(visited)
+    assert visited[0] == first
+    # The way there, its two ends, and one step in the wrong direction.
+    assert len(visited) <= abs(best - first) + 4
+
+
+def test_a_search_without_end_is_given_up():
+    visited, end = searched(lambda exponent: -exponent)
+    assert len(visited) == study.MOST_RATES
+    assert end == max(visited)
+
+
+def test_a_search_begins_again_below_what_diverged():
+    visited, end = searched(lambda e: math.inf if e > -3 else (e + 4) ** 2)
+    assert visited[:4] == [0, -1, -2, -3]
+    assert end == -4
+    visited, _ = searched(lambda e: math.inf)
+    assert visited == list(range(0, -study.MOST_RATES, -1))
+
+
+def run_of(method, seed, metric, learning_rate=0.1, task="flow", losses=(1.0, 0.5)):
+    return Run(
+        task=task,
+        method=method,
+        learning_rate=learning_rate,
+        seed=seed,
+        metrics=[metric],
+        state_bytes=80,
+        parameters=10,
+        seconds=0.0,
+        losses=np.array(losses),
+    )
+
+
+def test_what_diverged_is_not_the_best():
+    first = [1.0] * 20
+    for losses in (first + [1.1] * 3, [*first, math.nan], [math.nan] * 23):
+        assert study.cost(run_of("Adam", 0, 0.3, losses=losses)) == math.inf
+    assert study.cost(run_of("Adam", 0, math.nan)) == math.inf
+    assert study.cost(run_of("Adam", 0, 0.3, losses=first + [0.9] * 3)) == 0.3
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """What is trained, without training it: the best power of 2 is -1, Adam's 1."""
+    done = []
+
+    class FakeTrainer:
+        def __init__(self, problem, task, method, steps):
+            done.append(("compiled", steps))
+            self.task = task
+
+        def run(self, task, method, learning_rate, seed):
+            exponent = math.log2(learning_rate / self.task.learning_rate)
+            done.append((method, exponent, seed))
+            best = 1 if method == "Adam" else -1
+            run = run_of(method, seed, abs(exponent - best), learning_rate, task)
+            run.metrics *= len(self.task.metrics)
+            return run
+
+    monkeypatch.setattr(study, "Trainer", FakeTrainer)
+    return done
+
+
+def test_all_methods_are_trained_at_the_rate_of_the_task(trainings):
+    runs = list(study.study(["mlp", "flow"], ["Adam", "AdaMax"], seeds=2))
+    assert trainings == [
+        step
+        for task in ("mlp", "flow")
+        for method in ("Adam", "AdaMax")
+        for step in (("compiled", TASKS[task].steps), (method, 0, 0), (method, 0, 1))
+    ]
+    assert [run.task for run in runs] == ["mlp"] * 4 + ["flow"] * 4
+
+
+def test_all_methods_are_trained_at_their_best_rate(trainings):
+    list(study.study(["flow"], ["Adam", "AdaMax"], seeds=3, steps=7, search=True))
+    assert trainings == [
+        ("compiled", 7),
+        *(("Adam", exponent, 0) for exponent in (0, 1, 2)),
+        *(("Adam", 1, seed) for seed in (1, 2)),
+        ("compiled", 7),
+        # From where the one before ended.
+        *(("AdaMax", exponent, 0) for exponent in (1, 2, 0, -1, -2)),
+        *(("AdaMax", -1, seed) for seed in (1, 2)),
+    ]
+
+
+def test_methods_are_what_they_are_called():
+    params = {
+        "kernel": jnp.ones([3, 4]),
+        "conv": jnp.ones([2, 2, 3, 4]),
+        "embed": jnp.ones([5, 2]),
+        "bias": jnp.ones(4),
+    }
+    shapes = {
+        "AdaMax": [(3, 4), (2, 2, 3, 4), (5, 2)],
+        "u per input": [(3, 1), (2, 2, 3, 1), (5, 1)],
+        "u per output": [(1, 4), (1, 1, 1, 4), (1, 2)],
+        "u per array": [(1, 1), (1, 1, 1, 1), (1, 1)],
+        "embeddings: u per symbol": [(3, 4), (2, 2, 3, 4), (5, 1)],
+        "embeddings: u per feature": [(3, 4), (2, 2, 3, 4), (1, 2)],
+    }
+    for name, (kernel, conv, embed) in shapes.items():
+        for suffix, dtype in (("", jnp.float32), (", int8", jnp.int8)):
+            state = study.METHODS[name + suffix](0.1).init(params)[0]
+            assert state.u["kernel"].shape == kernel
+            assert state.u["conv"].shape == conv
+            assert state.u["embed"].shape == embed
+            assert state.u["bias"].shape == (4,)
+            assert state.m["kernel"].dtype == dtype
+            assert state.u["kernel"].dtype == jnp.float32
+    for name, dtypes in {
+        "AdaMax": (jnp.float32, jnp.float32),
+        "AdaMax, bfloat16": (jnp.bfloat16, jnp.bfloat16),
+        "AdaMax, int8 and uint8": (jnp.int8, jnp.uint8),
+    }.items():
+        state = study.METHODS[name](0.1).init(params)[0]
+        assert (state.m["kernel"].dtype, state.u["kernel"].dtype) == dtypes
+    assert isinstance(
+        study.METHODS["Adam"](0.1).init(params)[0], optax.ScaleByAdamState
+    )
+    assert study.METHODS["optax.adamax"] is optax.adamax
+
+
+def test_orders_are_what_they_are_called():
+    g = jnp.array([1.0, -2.0])
+    names = ("Adam", "AdaMax", *study.ORDERS, *study.LONG_ORDERS)
+
+    @jax.jit
+    def last_updates():
+        updates = {}
+        for name in names:
+            optimizer = study.METHODS[name](0.1)
+            state = optimizer.init(g)
+            for scale in (1.0, 0.1, 0.3):
+                updates[name], state = optimizer.update(scale * g, state)
+        return updates
+
+    size = {name: abs(float(update[0])) for name, update in last_updates().items()}
+    # The longer the memory, the less a larger p tells; Adam's is p = 2, b2^p = 0.999.
+    assert size["p = 2"] == pytest.approx(size["Adam"], rel=1e-3)
+    orders = ["p = 1", "Adam", "p = 3", "p = 4", "p = 6", "p = 8", "p = 16", "AdaMax"]
+    assert sorted(orders, key=lambda name: -size[name]) == orders
+    for p in (3, 6):
+        long = size[f"p = {p}, b2^p = 0.999"]
+        assert long != size[f"p = {p}"]
+        assert long == pytest.approx(size[f"p = {p}"], rel=1e-2)
 
 
 def test_estimate_is_the_interval_of_the_textbook():
-    # Mean 3, deviation sqrt(10 / 4), t of 4 degrees of freedom 2.776.
-    estimate = _results.estimate([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert estimate.mean == 3
-    assert estimate.deviation == pytest.approx(math.sqrt(2.5))
-    assert estimate.margin == pytest.approx(2.776 * math.sqrt(0.5), rel=1e-3)
-    one = _results.estimate([1.0])
+    five = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert five.mean == 3
+    assert five.deviation == pytest.approx(math.sqrt(10 / 4))
+    error = math.sqrt(10 / 4) / math.sqrt(5)
+    assert five.margin == pytest.approx(T_OF_4 * error, rel=DIGITS)
+    one = estimate([1.0])
     assert one.mean == 1
     assert math.isnan(one.deviation)
     assert math.isnan(one.margin)
 
 
+def test_two_digits_of_the_typical_deviation_are_shown():
+    def digits(*deviations):
+        return digits_to_show(Estimate(1.0, d, math.nan) for d in deviations)
+
+    assert digits(0.023) == digits(0.011, 0.023, 5.0) == digits(0.023, 5.0) == 3
+    # What diverged, or was trained once, does not say how many.
+    assert digits(0.023, math.inf, math.nan) == 3
+    assert digits(math.nan) == 4
+    assert (digits(500.0), digits(1e-12)) == (1, 8)
+
+
+def test_numbers_are_shown_with_their_spread():
+    assert show(1.25, 0.125, 2, sign="+") == "+1.25 ± 0.12"
+    assert show(1.25, math.nan, 1) == "1.2"
+    assert show(-0.001, math.nan, 2) == "0.00"
+
+
 def test_differences_are_paired_by_seed():
     # The pairs differ by 1 and 3 and scatter far less than the seeds, 10 apart; seed 2
-    # has no partner. t of 1 degree of freedom is 12.706; deviation sqrt(2).
+    # has no partner.
+    narrow_name = "AdaMax, int8 and uint8"
     runs = [
-        run_of("int8/uint8", 1, 23.0),
-        run_of("int8/uint8", 0, 11.0),
-        run_of("int8/uint8", 2, 99.0),
-        run_of("float32", 0, 10.0),
-        run_of("float32", 1, 20.0),
+        run_of(narrow_name, 1, 23.0),
+        run_of(narrow_name, 0, 11.0),
+        run_of(narrow_name, 2, 99.0),
+        run_of("AdaMax", 0, 10.0),
+        run_of("AdaMax", 1, 20.0),
     ]
-    narrow, reference = _study.summarize(runs)
-    assert (narrow.variant, narrow.seeds) == ("int8/uint8", 3)
+    narrow, reference = rows = study.summarize(runs)
+    assert (narrow.method, narrow.seeds) == (narrow_name, 3)
     assert narrow.bytes_per_parameter == 8
-    assert narrow.difference.mean == 2
-    assert narrow.difference.margin == pytest.approx(12.706, rel=1e-3)
-    assert (reference.variant, reference.value.mean) == ("float32", 15)
-    assert reference.difference is None
-    assert "+2.00 ± 12.71 |" in _study.markdown([narrow])
+    (difference,) = narrow.differences.values()
+    assert difference.mean == 2
+    # The deviation of two numbers, 1 and 3, is the root of 2.
+    margin = T_OF_1 * math.sqrt(2) / math.sqrt(2)
+    assert difference.margin == pytest.approx(margin, rel=DIGITS)
+    assert (reference.method, reference.value.mean) == ("AdaMax", 15)
+    assert reference.differences == {}
+    table = study.markdown(rows).splitlines()
+    assert table[0] == f"flow: {TASKS['flow'].metrics[0]}"
+    assert table[2].endswith("| mean ± sd | to AdaMax |")
+    assert table[4].startswith(f"| {narrow_name} | 8.00 | 0.1 | 3 | 44.3 ± 47.7")
+    assert table[4].endswith("| +2.00 ± 12.71 |")
+    assert table[5] == "| AdaMax | 8.00 | 0.1 | 2 | 15.0 ± 7.1 |  |"
+
+
+def test_methods_are_compared_in_pairs_at_their_best():
+    runs = [
+        run_of("Adam", 0, 10.0, 0.1),
+        run_of("Adam", 0, 30.0, 0.2),
+        run_of("Adam", 1, 20.0, 0.1),
+        # Worse, and another that diverged.
+        run_of("u per input", 0, 50.0, 0.1),
+        run_of("u per input", 0, math.nan, 0.4),
+        run_of("u per input", 0, 11.0, 0.2),
+        run_of("u per input", 1, 23.0, 0.2),
+    ]
+    adam, shared = study.summarize(runs)
+    assert (adam.learning_rate, adam.value.mean, adam.differences) == (0.1, 15, {})
+    assert (shared.learning_rate, shared.seeds, shared.value.mean) == (0.2, 2, 17)
+    # The pairs differ by 1 and 3.
+    assert shared.differences["Adam"].mean == 2
+    assert shared.differences["Adam"].margin == pytest.approx(T_OF_1, rel=DIGITS)
+    assert list(shared.search) == [0.1, 0.2, 0.4]
+    digits = digits_to_show([adam.value, shared.value])
+    table = study.markdown([adam, shared])
+    assert f"| +2.{'0' * (digits + 1)} ± 12.7" in table
+
+
+def test_there_is_a_column_for_each_reference_that_was_trained():
+    def columns(*methods):
+        rows = study.summarize([run_of(method, 0, 1.0) for method in methods])
+        header = study.markdown(rows).splitlines()[2]
+        return [cell.strip() for cell in header.split("|") if cell.strip()]
+
+    always = ["method", "bytes per parameter", "learning rate", "seeds", "mean ± sd"]
+    assert columns("optax.adamax") == always
+    assert columns("Adam", "p = 3") == [*always, "to Adam"]
+    assert columns("AdaMax", "Adam") == [*always, "to Adam", "to AdaMax"]
 
 
 def test_a_training_that_diverged_is_shown():
-    runs = [run_of("float32", 0, 1.0), run_of("int8/uint8", 0, math.nan)]
-    assert "| nan | +nan |" in _study.markdown(_study.summarize(runs))
+    runs = [run_of("AdaMax", 0, 1.0), run_of("optax.adamax", 0, math.nan)]
+    assert "| nan | +nan |" in study.markdown(study.summarize(runs))
+
+
+def test_where_all_rates_diverged_the_row_is_that_of_the_seeds():
+    """They were trained at the lowest rate, where the search gave up."""
+    runs = [run_of("Adam", 0, math.nan, 0.1), run_of("Adam", 0, math.nan, 0.05)]
+    runs.append(run_of("Adam", 1, math.nan, 0.05))
+    (row,) = study.summarize(runs)
+    assert (row.learning_rate, row.seeds) == (0.05, 2)
 
 
 def test_curves_are_short():
-    run = run_of("float32", 0, 1.0)
-    run.losses = np.arange(450.0)
-    result = _results.with_curve(run)
-    assert result["curve_every"] == 3
+    run = run_of("AdaMax", 0, 1.0, losses=np.arange(450.0))
+    result = run.numbers()
+    every = math.ceil(450 / CURVE_POINTS)
+    assert result["curve_every"] == every == 3
     assert len(result["curve"]) == 150
     assert result["curve"][:2] == [1.0, 4.0]
     assert "losses" not in result
 
 
-def test_command_saves_the_table_and_the_numbers(tmp_path):
-    output = command(
-        tmp_path,
-        *("--tasks", "mlp", "--variants", "float32", "optax float32"),
-        *("--seeds", "2", "--steps", "3", "--json", "a.json", "--markdown", "a.md"),
-    )
-    table = (tmp_path / "a.md").read_text(encoding="utf-8")
+def run_command(folder, *arguments):
+    """What the command saves as Markdown and as JSON."""
+    table, numbers = folder / "a.md", folder / "a.json"
+    files = ["--json", str(numbers), "--markdown", str(table)]
+    assert main(["study", *arguments, *files]) == 0
+    return table.read_text(encoding="utf-8"), json.loads(numbers.read_text())
+
+
+def test_command_at_the_rates_of_the_tasks(trainings, tmp_path, capsys):
+    methods = ["AdaMax", "optax.adamax"]
+    # Each once, also where it is named twice.
+    arguments = ["--tasks", "mlp", "flow", "mlp", "--methods", *methods, "AdaMax"]
+    table, results = run_command(tmp_path, *arguments, "--seeds", "2", "--steps", "3")
+    output, progress = capsys.readouterr()
     assert table in output
-    assert table.count("| optax float32 | 8.0") == 2
-    assert "mlp 3 at 0.008 (constant)" in table
-    results = json.loads((tmp_path / "a.json").read_text())
-    assert results["seeds"] == 2
-    assert results["tasks"]["mlp"]["steps"] == 3
-    assert len(results["table"]) == 4
-    assert [(run["seed"], run["variant"]) for run in results["runs"]] == [
-        (seed, variant) for seed in (0, 1) for variant in ("float32", "optax float32")
+    for task in ("mlp", "flow"):
+        for metric in TASKS[task].metrics:
+            assert f"{task}: {metric}\n" in table
+    for row in ("| AdaMax | 8.00 | 0.008 | 2 |", "| optax.adamax | 8.00 | 0.008 | 2 |"):
+        assert table.count(row) == len(TASKS["mlp"].metrics)
+    assert "Learning rates are the tasks'; differences" in table
+    assert "steps: mlp 3 (constant), flow 3 (cosine); Optax" in table
+    assert (results["seeds"], results["rates"]) == (2, "task")
+    assert list(results["tasks"]) == ["mlp", "flow"]
+    expected = [
+        (task, method, TASKS[task].learning_rate, seed)
+        for task in ("mlp", "flow")
+        for method in methods
+        for seed in (0, 1)
     ]
-    for run in results["runs"]:
-        assert len(run["curve"]) == 3
+    lines = progress.splitlines()
+    for run, line, (task, method, rate, seed) in zip(
+        results["runs"], lines, expected, strict=True
+    ):
+        assert (run["task"], run["method"], run["seed"]) == (task, method, seed)
+        assert run["learning_rate"] == rate
+        assert f"{task}, {method}, learning rate {rate:.2g}, seed {seed}: " in line
+
+
+def test_command_at_the_best_rates(tmp_path, capsys):
+    """This one trains."""
+    arguments = ["--rates", "search", "--tasks", "mlp", "--methods", "Adam", "AdaMax"]
+    table, results = run_command(tmp_path, *arguments, "--seeds", "2", "--steps", "3")
+    assert table in capsys.readouterr().out
+    metrics = TASKS["mlp"].metrics
+    assert table.count("| AdaMax | 8.00 |") == len(metrics)
+    assert "Learning rates are the best of those a factor of 2 apart" in table
+    assert "mlp 3 (constant)" in table
+    assert results["rates"] == "search"
+    assert results["tasks"]["mlp"]["steps"] == 3
+    assert len(results["table"]) == 2 * len(metrics)
+    runs = results["runs"]
+    for row in results["table"]:
+        tried = {r["learning_rate"] for r in runs if r["method"] == row["method"]}
+        assert {row["learning_rate"] * 2.0**k for k in (-1, 0, 1)} <= tried
+        assert row["seeds"] == 2
+        assert len(row["search"]) == len(tried)
+    assert all(len(run["curve"]) == 3 for run in runs)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--tasks", "gan"], "'transformer'"),
-        (["--variants", "int4"], "'int8/uint8'"),
+        (["--methods", "int4"], "'AdaMax, int8 and uint8'"),
+        (["--rates", "best"], "'search'"),
         (["--seeds", "0"], "'0' is not a whole number above 0"),
+        (["--steps", "0"], "'0' is not a whole number above 0"),
     ],
 )
 def test_unknown_values_list_what_is_allowed(arguments, message, capsys):
-    from adamax_jax.__main__ import main
-
     with pytest.raises(SystemExit) as exit:
         main(["study", *arguments])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_missing_extra_is_reported_as_the_command_that_installs_it(tmp_path):
-    (tmp_path / "flax.py").write_text("raise ImportError")
-    message = command(tmp_path, code=1)
-    assert "The study needs flax" in message
-    assert 'pip install -e ".[demo]"' in message
-
-
-def test_json_in_a_folder_that_does_not_exist(tmp_path):
-    assert "no folder none" in command(tmp_path, "--json", "none/a.json", code=1)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send")
-def test_interrupt_leaves_what_was_done(tmp_path):
-    # A shell's background job, as CI may be, ignores SIGINT; a user's command does not.
-    program = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import sys; from adamax_jax.__main__ import main; sys.exit(main())"
-    )
-    arguments = ["study", "--tasks", "mlp", "--variants", "float32", "--seeds", "9999"]
-    arguments += ["--steps", "3", "--json", "a.json"]
-    with subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as process:
-        try:
-            # The progress bar names a run as soon as it is done.
-            seen = b""
-            while b"seed 1" not in seen and (more := process.stdout.read1()):
-                seen += more
-            process.send_signal(signal.SIGINT)
-            output, _ = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 130, output.decode()
-    assert b"| mlp | training loss, nats | float32 |" in output
-    assert b"Traceback" not in output
-    assert len(json.loads((tmp_path / "a.json").read_text())["runs"]) >= 2

@@ -112,9 +112,12 @@ def _carry_out(command, options):
         status = 130
     finally:
         if results:
+            # Before the files, which may fail to be written.
+            print("\n" + command.text(results, options), end="")
             # Once more: the interrupt may have come while it saved.
             _save(command, results, options)
-            print("\n" + command.text(results, options), end="")
+            if command.draw is not None and options.figure is not None:
+                command.draw(results, options)
             for path in paths:
                 print(f"Saved: {path.resolve()}")
     return status
@@ -126,8 +129,6 @@ def _save(command, results, options):
         options.json.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
     if options.markdown is not None:
         options.markdown.write_text(command.text(results, options), encoding="utf-8")
-    if command.draw is not None and options.figure is not None:
-        command.draw(results, options)
 
 
 def _missing(command, options):

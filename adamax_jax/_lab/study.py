@@ -211,7 +211,9 @@ def _row(task, metric, i, method, methods):
 
 def _at_best(runs):
     """The runs at the best learning rate, by seed."""
-    best = min((run for run in runs if run.seed == 0), key=cost)
+    first = [run for run in runs if run.seed == 0]
+    # Where nothing was learned at any, the search ended at the lowest.
+    best = min(first, key=lambda run: (cost(run), run.learning_rate))
     at_best = [run for run in runs if run.learning_rate == best.learning_rate]
     return sorted(at_best, key=lambda run: run.seed)
 
