@@ -1,9 +1,11 @@
 """A run that was stopped, saved and resumed is the uninterrupted run, to the bit."""
 
+import functools
 import io
 import pickle
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import chex
 import eight_devices
@@ -23,9 +25,7 @@ from adamax_jax import adamax, adamaxw, zero_shardings
 
 P = PartitionSpec
 STEPS, STOP = 30, 11
-EVERY_STORAGE = pytest.mark.parametrize(
-    "storage", list(STORAGES.values()), ids=list(STORAGES)
-)
+EVERY_STORAGE = pytest.mark.parametrize("name", STORAGES)
 
 
 def make_optimizer(storage):
@@ -112,25 +112,56 @@ WAYS = [
 ]
 
 
+class Runs(NamedTuple):
+    """New parameters and state; those where a run was stopped, and where it ended.
+
+    And those of a run that was stopped and forgot its state.
+    """
+
+    fresh: tuple
+    stopped: tuple
+    ended: tuple
+    forgetful: tuple
+
+
+@functools.cache
+def runs_in(name):
+    optimizer = make_optimizer(STORAGES[name])
+    step = make_step(optimizer)
+    fresh = make_params(), optimizer.init(make_params())
+    stopped = run(step, *fresh, range(STOP))
+    return Runs(
+        fresh=fresh,
+        stopped=stopped,
+        ended=run(step, *fresh, range(STEPS)),
+        forgetful=run(step, stopped[0], fresh[1], range(STOP, STEPS)),
+    )
+
+
+@functools.cache
+def another_step(name):
+    """As another process has it: made from an optimizer of its own."""
+    return make_step(make_optimizer(STORAGES[name]))
+
+
 @EVERY_STORAGE
 @pytest.mark.parametrize("way", WAYS)
-def test_resumed_equals_uninterrupted(way, storage, tmp_path):
-    optimizer = make_optimizer(storage)
-    fresh = make_params(), optimizer.init(make_params())
-    expected = run(make_step(optimizer), *fresh, range(STEPS))
+def test_resumed_equals_uninterrupted(way, name, tmp_path):
+    runs = runs_in(name)
+    restored = way(runs.stopped, runs.fresh, tmp_path)
+    assert jax.tree.structure(restored) == jax.tree.structure(runs.stopped)
+    chex.assert_trees_all_equal(restored, runs.stopped)
+    chex.assert_trees_all_equal_dtypes(restored, runs.stopped)
+    resumed = run(another_step(name), *restored, range(STOP, STEPS))
+    chex.assert_trees_all_equal(resumed, runs.ended)
 
-    saved = run(make_step(optimizer), *fresh, range(STOP))
-    restored = way(saved, fresh, tmp_path)
-    assert jax.tree.structure(restored) == jax.tree.structure(saved)
-    chex.assert_trees_all_equal(restored, saved)
-    chex.assert_trees_all_equal_dtypes(restored, saved)
 
-    # As another process would: with an optimizer and a step of its own.
-    resumed = run(make_step(make_optimizer(storage)), *restored, range(STOP, STEPS))
-    chex.assert_trees_all_equal(resumed, expected)
-    # And the state was needed: without it the run is another.
-    forgetful = run(make_step(optimizer), restored[0], fresh[1], range(STOP, STEPS))
-    assert not np.allclose(forgetful[0]["kernel"], expected[0]["kernel"], atol=1e-3)
+@EVERY_STORAGE
+def test_the_state_is_needed(name):
+    """Without it the run is another."""
+    runs = runs_in(name)
+    kernels = [params["kernel"] for params, _ in (runs.forgetful, runs.ended)]
+    assert not np.allclose(*kernels, atol=1e-3)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -154,11 +185,11 @@ def test_every_dtype_comes_back(way, tmp_path):
 
 
 @EVERY_STORAGE
-def test_a_masked_optimizer_goes_through_orbax(storage, tmp_path):
+def test_a_masked_optimizer_goes_through_orbax(name, tmp_path):
     """Parts that hold nothing, optax.MaskedNode and None, come back as they were."""
     params = {"a": jnp.ones([4, 2]), "b": jnp.ones(3), "c": None}
     optimizer = optax.masked(
-        adamax(0.1, **storage), {"a": True, "b": False, "c": False}
+        adamax(0.1, **STORAGES[name]), {"a": True, "b": False, "c": False}
     )
     _, state = optimizer.update(params, optimizer.init(params), params)
     restored = by_orbax(state, optimizer.init(params), tmp_path)
@@ -166,20 +197,17 @@ def test_a_masked_optimizer_goes_through_orbax(storage, tmp_path):
     chex.assert_trees_all_equal(restored, state)
 
 
-@EVERY_STORAGE
-def test_a_flax_train_state_goes_through_orbax_and_bytes(storage, tmp_path):
-    def new():
-        return TrainState.create(
-            apply_fn=None, params=make_params(), tx=make_optimizer(storage)
-        )
+@pytest.mark.parametrize("name", ["own", "two bytes"])
+def test_a_flax_train_state_goes_through_orbax_and_bytes(name, tmp_path):
+    template = TrainState.create(
+        apply_fn=None, params=make_params(), tx=make_optimizer(STORAGES[name])
+    )
 
-    step = jax.jit(lambda s: s.apply_gradients(grads=jax.tree.map(jnp.cos, s.params)))
-    saved = expected = new()
-    for _ in range(STOP):
-        saved = step(saved)
-    for _ in range(STEPS):
-        expected = step(expected)
-    template = new()
+    def step(_, state):
+        return state.apply_gradients(grads=jax.tree.map(jnp.cos, state.params))
+
+    train = jax.jit(lambda state, steps: jax.lax.fori_loop(0, steps, step, state))
+    saved, expected = train(template, STOP), train(template, STEPS)
     for restored in (
         by_orbax_manager(saved, template, tmp_path),
         by_flax_bytes(saved, template, tmp_path),
@@ -188,20 +216,20 @@ def test_a_flax_train_state_goes_through_orbax_and_bytes(storage, tmp_path):
         resumed = template.replace(
             step=restored.step, params=restored.params, opt_state=restored.opt_state
         )
-        for _ in range(STOP, STEPS):
-            resumed = step(resumed)
+        resumed = train(resumed, STEPS - STOP)
         assert int(resumed.step) == STEPS
         chex.assert_trees_all_equal(resumed.params, expected.params)
         chex.assert_trees_all_equal(resumed.opt_state, expected.opt_state)
 
 
-@EVERY_STORAGE
-def test_an_nnx_optimizer_goes_through_orbax(storage, tmp_path):
+@pytest.mark.parametrize("name", ["own", "two bytes"])
+def test_an_nnx_optimizer_goes_through_orbax(name, tmp_path):
     x = jnp.linspace(-1, 1, 48).reshape(12, 4)
+    tx = make_optimizer(STORAGES[name])
 
     def new():
         model = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
-        return model, nnx.Optimizer(model, make_optimizer(storage), wrt=nnx.Param)
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer):
@@ -239,6 +267,7 @@ def check_onto_another_mesh():
         "four by two": (mesh(4, 2), P(None, "model")),
     }
 
+    @functools.cache
     def placed(optimizer, name):
         """New parameters and a new state, the state divided over the data axis."""
         layout, kernel = layouts[name]
@@ -258,37 +287,43 @@ def check_onto_another_mesh():
             "bias": np.float32(rng.normal(size=16)),
         }
 
-    def train(optimizer, params, state, steps):
+    @functools.cache
+    def step_in(optimizer, layout):
         """Elementwise: of the state no bit depends on the layout."""
-        shardings = jax.tree.map(lambda x: x.sharding, (params, state))
 
         def step(params, state, g):
             updates, state = optimizer.update(g, state, params)
             return optax.apply_updates(params, updates), state
 
-        step = jax.jit(step, out_shardings=shardings)
+        shardings = jax.tree.map(lambda x: x.sharding, placed(optimizer, layout))
+        return jax.jit(step, out_shardings=shardings)
+
+    def train(optimizer, layout, params, state, steps):
         for t in steps:
-            params, state = step(params, state, gradients(t))
+            params, state = step_in(optimizer, layout)(params, state, gradients(t))
         return params, state
 
     for storage in STORAGES.values():
         optimizer = adamax(0.1, **storage)
-        expected = train(optimizer, *placed(optimizer, "one"), range(STEPS))
+        saved = {
+            layout: train(optimizer, layout, *placed(optimizer, layout), range(STOP))
+            for layout in layouts
+        }
+        expected = train(optimizer, "one", *saved["one"], range(STOP, STEPS))
         for source, target in [
             ("one", "eight"),
             ("eight", "one"),
             ("eight", "four by two"),
             ("four by two", "eight"),
         ]:
-            saved = train(optimizer, *placed(optimizer, source), range(STOP))
             template = placed(optimizer, target)
             with tempfile.TemporaryDirectory() as folder:
-                restored = by_orbax(saved, template, Path(folder))
+                restored = by_orbax(saved[source], template, Path(folder))
             for x, y in zip(
                 jax.tree.leaves(restored), jax.tree.leaves(template), strict=True
             ):
                 assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
-            params, state = train(optimizer, *restored, range(STOP, STEPS))
+            params, state = train(optimizer, target, *restored, range(STOP, STEPS))
             chex.assert_trees_all_equal(state, expected[1])
             chex.assert_trees_all_close(params, expected[0], rtol=0, atol=2**-20)
 

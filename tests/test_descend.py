@@ -20,53 +20,69 @@ def expected_params(params, g, weight_decay, **options):
         yield params
 
 
-@pytest.mark.parametrize("eps_inside", [True, False])
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        jnp.float16,
-        jnp.bfloat16,
-        jnp.float32,
-        jnp.float64,
-        jnp.complex64,
-        jnp.complex128,
-    ],
-)
-def test_parameters_follow_the_reference(x64, dtype, decoupled, nesterov, eps_inside):
-    """Gradients in any dtype, parameters in float32 or wider."""
-    options = {"nesterov": nesterov, "eps_inside": eps_inside, "eps": 0.1}
+DTYPES = [
+    jnp.float16,
+    jnp.bfloat16,
+    jnp.float32,
+    jnp.float64,
+    jnp.complex64,
+    jnp.complex128,
+]
+
+
+def wide(dtype):
+    """The dtype of the parameters for gradients of another: float32 at least."""
+    return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+
+
+def gradients_of(dtype):
     g = gradients(steps=STEPS, decades=2)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         g = g + 1j * gradients(steps=STEPS, decades=2, seed=1)
-    g = jnp.asarray(g).astype(dtype)
-    wide = jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
-    params = jnp.linspace(-2, 2, g.shape[1]).astype(wide)
-    exact_g = np.asarray(g.astype(wide)).astype(np.result_type(wide, np.float64))
-    exact = expected_params(
-        np.asarray(params).astype(exact_g.dtype), exact_g, DECAY * decoupled, **options
-    )
+    return jnp.asarray(g).astype(dtype)
+
+
+@pytest.mark.parametrize("eps_inside", [True, False])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_parameters_follow_the_reference(x64, decoupled, nesterov, eps_inside):
+    """Gradients in every dtype, each beside parameters in float32 or wider."""
+    options = {"nesterov": nesterov, "eps_inside": eps_inside, "eps": 0.1}
     optimizer = (
         adamaxw(RATE, weight_decay=DECAY, **options)
         if decoupled
         else adamax(RATE, **options)
     )
+    g = [gradients_of(dtype) for dtype in DTYPES]
+    params = [
+        jnp.linspace(-2, 2, x.shape[1]).astype(wide(dtype))
+        for x, dtype in zip(g, DTYPES, strict=True)
+    ]
 
-    @jax.jit
-    def step(params, state, g):
+    def step(carry, g):
+        params, state = carry
         updates, state = optimizer.update(g, state, params)
-        assert updates.dtype == dtype
-        return params + updates.astype(wide), state
+        assert [u.dtype for u in updates] == DTYPES
+        params = [p + u.astype(p.dtype) for p, u in zip(params, updates, strict=True)]
+        return (params, state), params
 
-    # An update is rounded thrice in the gradient's dtype, the learning rate among it.
-    atol = 1.5 * RATE * float(jnp.finfo(dtype).eps) * 1.5 + 4 * float(
-        jnp.finfo(wide).eps
-    )
-    state = optimizer.init(params)
-    for t, (g_t, exact_t) in enumerate(zip(g, exact, strict=True), start=1):
-        params, state = step(params, state, g_t)
-        np.testing.assert_allclose(params, exact_t, rtol=0, atol=t * atol)
+    run = jax.jit(lambda p, g: jax.lax.scan(step, (p, optimizer.init(p)), g)[1])
+    for dtype, start, g_all, actual in zip(
+        DTYPES, params, g, run(params, g), strict=True
+    ):
+        exact_dtype = np.result_type(wide(dtype), np.float64)
+        exact = expected_params(
+            np.asarray(start).astype(exact_dtype),
+            np.asarray(g_all.astype(wide(dtype))).astype(exact_dtype),
+            DECAY * decoupled,
+            **options,
+        )
+        # An update is rounded thrice in the gradient's dtype, the learning rate among
+        # it.
+        eps, wide_eps = (float(jnp.finfo(d).eps) for d in (dtype, wide(dtype)))
+        atol = 1.5 * RATE * eps * 1.5 + 4 * wide_eps
+        for t, (now, expected) in enumerate(zip(actual, exact, strict=True), start=1):
+            np.testing.assert_allclose(now, expected, rtol=0, atol=t * atol)
 
 
 def test_mask_function_is_given_the_parameters():
@@ -103,12 +119,15 @@ def test_decay_of_parameters_beyond_the_gradients_range():
 
 
 def test_quadratic_is_minimised():
-    params = jnp.array([1.0, -2.0, 3.0])
     optimizer = adamax(optax.linear_schedule(0.1, 0.0, 400))
-    state = optimizer.init(params)
-    for _ in range(400):
+
+    def step(_, carry):
+        params, state = carry
         updates, state = optimizer.update(2 * params, state)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    params = jnp.array([1.0, -2.0, 3.0])
+    params, _ = jax.lax.fori_loop(0, 400, step, (params, optimizer.init(params)))
     np.testing.assert_allclose(params, np.zeros(3), atol=1e-2)
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sequences import STORAGES
 
-from adamax_jax import adamax, adamaxw, scale_by_adamax
+from adamax_jax import adamax, adamaxw, convert_state, scale_by_adamax
 
 FACTORIES = [scale_by_adamax, adamax, adamaxw]
 NUMBERS = [float, np.float32, np.float64, np.array]
@@ -42,6 +43,53 @@ def test_factors(name):
 def test_schedules_of_decay_rates_need_inject_hyperparams():
     with pytest.raises(TypeError, match=r"b1 .*optax\.inject_hyperparams"):
         adamax(b1=optax.linear_schedule(0.8, 0.9, 10))
+
+
+@pytest.mark.parametrize("name", ["b1", "b2", "eps"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_hyperparameters_in_half_precision(name, dtype):
+    with pytest.raises(TypeError, match=rf"{name} has dtype.*hyperparam_dtype"):
+        adamax(**{name: jnp.array(0.5, dtype)})
+
+
+@pytest.mark.parametrize("storage", [STORAGES["own"], STORAGES["two bytes"]])
+def test_hyperparameters_injected_into_half_precision(storage):
+    """In bfloat16 b2=0.999 would be 1: the error says what to pass."""
+    params = jnp.ones(2, jnp.bfloat16)
+    with pytest.raises(TypeError, match=r"hyperparam_dtype=jnp\.float32"):
+        optax.inject_hyperparams(adamax)(0.1, **storage).init(params)
+    inject = optax.inject_hyperparams(adamax, hyperparam_dtype=jnp.float32)
+    optimizer = inject(0.1, **storage)
+    updates, _ = optimizer.update(params, optimizer.init(params))
+    assert updates.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["m_dtype", "u_dtype"])
+def test_dtypes_without_a_meaning(name):
+    for value in ("int16", "uint8" if name == "m_dtype" else "int8", "complex64"):
+        with pytest.raises(
+            ValueError, match=rf"{name} must be None or one of.*{value}"
+        ):
+            adamax(**{name: value})
+    with pytest.raises(TypeError, match=rf"{name} must be None or one of.*'narrow'"):
+        adamax(**{name: "narrow"})
+
+
+@pytest.mark.parametrize("m_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_one_byte_for_m_needs_b1_below_b2(m_dtype):
+    with pytest.raises(ValueError, match=r"b1 < b2, got b1=0.9 and b2=0.9"):
+        scale_by_adamax(0.9, 0.9, m_dtype=m_dtype)
+    scale_by_adamax(0.9, 0.9, m_dtype="bfloat16", u_dtype="uint8")
+
+
+@pytest.mark.parametrize("m_dtype", ["int8", "bfloat16"])
+def test_complex_parameters_have_no_narrow_m(m_dtype):
+    params = {"a": jnp.ones(2, jnp.complex64)}
+    message = r"\['a'\] has dtype complex64, whose m"
+    with pytest.raises(TypeError, match=message):
+        adamax(m_dtype=m_dtype).init(params)
+    with pytest.raises(TypeError, match=message):
+        convert_state(adamax().init(params), m_dtype=m_dtype)
 
 
 def test_values_of_traced_hyperparameters_are_not_looked_at():

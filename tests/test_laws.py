@@ -1,6 +1,7 @@
 """What AdaMax promises for every sequence of gradients."""
 
 import functools
+import itertools
 
 import hypothesis.strategies as st
 import jax
@@ -23,14 +24,40 @@ numbers = st.tuples(magnitudes, st.sampled_from([-1.0, 1.0])).map(np.prod)
 sequences = st.lists(numbers, min_size=STEPS * SIZE, max_size=STEPS * SIZE).map(
     lambda values: np.reshape(np.float32(values), [STEPS, SIZE])
 )
-decays = st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.9), (0.99, 0.999)])
-options = st.fixed_dictionaries(
+DECAYS = [(0.9, 0.999), (0.5, 0.75), (0.0, 0.9), (0.99, 0.999)]
+FLOORS = [0.0, 1e-8, 1e-3]
+# Each is compiled anew: a quarter of all, with every value of one beside every value of
+# another.
+CONFIGURATIONS = [
     {
-        "nesterov": st.booleans(),
-        "eps_inside": st.booleans(),
-        "eps": st.sampled_from([0.0, 1e-8, 1e-3]),
+        "b1": b1,
+        "b2": b2,
+        "eps": eps,
+        "nesterov": (i + j) % 2 == 1,
+        "eps_inside": (i // 2 + j) % 2 == 1,
     }
-)
+    for i, (b1, b2) in enumerate(DECAYS)
+    for j, eps in enumerate(FLOORS)
+]
+decays = st.sampled_from(DECAYS)
+configurations = st.sampled_from(CONFIGURATIONS)
+without_nesterov = st.sampled_from([c for c in CONFIGURATIONS if not c["nesterov"]])
+
+
+def test_configurations_cover_all_pairs():
+    def pairs(configurations):
+        names = ["b1", "eps", "nesterov", "eps_inside"]
+        for one, other in itertools.combinations(names, 2):
+            yield {(c[one], c[other]) for c in configurations}
+
+    every = [
+        {"b1": b1, "eps": eps, "nesterov": nesterov, "eps_inside": eps_inside}
+        for b1, _ in DECAYS
+        for eps in FLOORS
+        for nesterov in (False, True)
+        for eps_inside in (False, True)
+    ]
+    assert list(pairs(CONFIGURATIONS)) == list(pairs(every))
 
 
 @functools.cache
@@ -53,9 +80,10 @@ def test_first_update_is_the_sign(g, decays):
 @given(numbers, decays)
 def test_constant_gradient_gives_constant_sign(number, decays):
     g = np.full([STEPS, SIZE], number, np.float32)
-    update, _, _ = run(g, *decays, eps=0.0)
+    b1, b2 = decays
+    update, _, _ = run(g, b1, b2, eps=0.0)
     # Each step rounds m twice by half an ulp, and the mean forgets at rate 1 - b1.
-    np.testing.assert_allclose(update, np.sign(g), atol=2e-7 / (1 - decays[0]))
+    np.testing.assert_allclose(update, np.sign(g), atol=2e-7 / (1 - b1))
 
 
 def tight_bound(b1, b2, t):
@@ -63,10 +91,10 @@ def tight_bound(b1, b2, t):
     return (1 - b1) / (1 - b1**t) * (1 - (b1 / b2) ** t) / (1 - b1 / b2)
 
 
-@given(sequences, decays, options)
-def test_update_is_bounded(g, decays, options):
-    update, _, _ = run(g, *decays, **options | {"nesterov": False})
-    b1, b2 = decays
+@given(sequences, without_nesterov)
+def test_update_is_bounded(g, configuration):
+    update, _, _ = run(g, **configuration)
+    b1, b2 = configuration["b1"], configuration["b2"]
     bounds = tight_bound(b1, b2, np.arange(1, STEPS + 1))
     assert np.all(bounds <= (1 - b1) / (1 - b1 / b2) * (1 + 1e-12))
     assert np.all(np.abs(update) <= bounds[:, None] * (1 + 1e-5))
@@ -89,10 +117,10 @@ def test_scaling_by_a_power_of_two_changes_no_bit(g, exponent, decays, nesterov)
     np.testing.assert_array_equal(update, scaled_update)
 
 
-@given(sequences, decays, options)
-def test_flipping_signs_flips_updates(g, decays, options):
-    update, m, u = run(g, *decays, **options)
-    flipped_update, flipped_m, flipped_u = run(-g, *decays, **options)
+@given(sequences, configurations)
+def test_flipping_signs_flips_updates(g, configuration):
+    update, m, u = run(g, **configuration)
+    flipped_update, flipped_m, flipped_u = run(-g, **configuration)
     np.testing.assert_array_equal(flipped_update, -update)
     np.testing.assert_array_equal(flipped_m, -m)
     np.testing.assert_array_equal(flipped_u, u)
@@ -112,18 +140,18 @@ def assert_same(actual, expected):
     np.testing.assert_allclose(update, expected_update, atol=1e-6)
 
 
-@given(sequences, st.permutations(range(SIZE)), decays, options)
-def test_permuting_coordinates_permutes_updates(g, order, decays, options):
-    run = compiled(*decays, **options)
+@given(sequences, st.permutations(range(SIZE)), configurations)
+def test_permuting_coordinates_permutes_updates(g, order, configuration):
+    run = compiled(**configuration)
     permuted = run(jnp.asarray(g[:, order]))
     order = np.array(order)
     expected = jax.tree.map(lambda x: x if x.ndim < 2 else x[:, order], run(g))
     assert_same(permuted, expected)
 
 
-@given(sequences, decays, options)
-def test_leaf_by_leaf_is_the_same_as_concatenated(g, decays, options):
-    run = compiled(*decays, **options)
+@given(sequences, configurations)
+def test_leaf_by_leaf_is_the_same_as_concatenated(g, configuration):
+    run = compiled(**configuration)
     whole = run(jnp.asarray(g))
     parts = run({"a": jnp.asarray(g[:, :1]), "b": [jnp.asarray(g[:, 1:])]})
 
@@ -138,8 +166,9 @@ def test_leaf_by_leaf_is_the_same_as_concatenated(g, decays, options):
 @given(sequences, decays)
 def test_u_is_the_decayed_maximum(g, decays):
     """u_t = max_i b2^(t - i) |g_i|, the infinity norm that the paper derives."""
-    _, _, u = run(g, *decays, eps=0.0)
+    b1, b2 = decays
+    _, _, u = run(g, b1, b2, eps=0.0)
     t = np.arange(STEPS)
-    weights = np.tril(np.float64(decays[1]) ** (t[:, None] - t))
+    weights = np.tril(np.float64(b2) ** (t[:, None] - t))
     exact = np.max(weights[:, :, None] * np.abs(g, dtype=np.float64), axis=1)
     np.testing.assert_allclose(u, exact, rtol=2e-6)

@@ -1,6 +1,7 @@
 """The L^p family: Adam at 2, AdaMax at infinity, and right in between."""
 
 import collections
+import functools
 import re
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import sequences
-from sequences import descend, trajectory
+from sequences import compiled_trajectory, descend, trajectory
 
 from adamax_jax import (
     ScaleByLpAdamState,
@@ -68,35 +69,54 @@ def relative_error(actual, exact):
     return np.max(np.abs(actual[there] / exact[there] - 1))
 
 
+@functools.cache
+def with_traced_numbers(**options):
+    """A compiled run, one for all hyperparameters: a function of them and of g."""
+
+    @jax.jit
+    def run(numbers, g):
+        return compiled_trajectory(scale_by_lp_adam(**numbers, **options))(g)
+
+    return lambda g, **numbers: run(jax.tree.map(jnp.float32, numbers), g)
+
+
+@functools.cache
+def exact_norm_of_gradients(p):
+    return exact_norm(gradients(), p)
+
+
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("traced", [False, True])
 def test_u_is_the_norm_for_every_p(p, traced):
     g = gradients()
-
-    def run(p):
-        return trajectory(scale_by_lp_adam(p), g)
-
-    updates, state = jax.jit(run)(jnp.float32(p)) if traced else run(p)
+    updates, state = (
+        with_traced_numbers()(g, p=p) if traced else trajectory(scale_by_lp_adam(p), g)
+    )
     assert np.isfinite(updates).all()
     assert np.isfinite(state.m).all()
-    assert relative_error(state.u, exact_norm(g, p)) < 1e-5
+    assert relative_error(state.u, exact_norm_of_gradients(p)) < 1e-5
+
+
+@jax.jit
+def by_the_textbook(g, p):
+    """v = b2^p v + (1 - b2^p) |g|^p."""
+
+    def step(v, now):
+        t, norm = now
+        decay = jnp.float32(B2) ** p
+        v = decay * v + (1 - decay) * norm**p
+        return v, (v / (1 - decay**t)) ** (1 / p)
+
+    steps = jnp.arange(1.0, len(g) + 1)
+    return jax.lax.scan(step, jnp.zeros(g.shape[1:]), (steps, jnp.abs(g)))[1]
 
 
 @pytest.mark.parametrize("p", ORDERS)
 def test_the_textbook_recurrence_fails_where_it_is_known_to(p):
-    """v = b2^p v + (1 - b2^p) |g|^p, on the same gradients."""
-    g = gradients()
-
-    def step(v, now):
-        t, norm = now
-        decay = jnp.float32(B2) ** jnp.float32(p)
-        v = decay * v + (1 - decay) * norm ** jnp.float32(p)
-        return v, (v / (1 - decay**t)) ** (1 / jnp.float32(p))
-
-    steps = jnp.arange(1.0, len(g) + 1)
-    _, u = jax.lax.scan(step, jnp.zeros(g.shape[1:]), (steps, jnp.abs(g)))
+    """On the same gradients."""
+    u = by_the_textbook(gradients(), jnp.float32(p))
     with np.errstate(all="ignore"):
-        error = np.abs(np.asarray(u, np.float64) / exact_norm(g, p) - 1)
+        error = np.abs(np.asarray(u, np.float64) / exact_norm_of_gradients(p) - 1)
     wrong = ~(error[:, 1:] < 0.01)
     assert (wrong.mean() > 0.2) == (p in TEXTBOOK_FAILS)
 
@@ -105,42 +125,37 @@ def test_the_textbook_recurrence_fails_where_it_is_known_to(p):
 @pytest.mark.parametrize(
     "options", [{}, {"nesterov": True}, {"nesterov": True, "eps_inside": True}], ids=str
 )
-@pytest.mark.parametrize("traced", [False, True])
-def test_updates_against_float64(p, options, traced):
+def test_updates_against_float64(p, options):
     g = gradients(1000)
     numbers = {"p": p, "b1": 0.8, "b2": 0.99, "eps": 1e-3}
-
-    def run(numbers):
-        return trajectory(scale_by_lp_adam(**numbers, **options), g)[0]
-
-    if traced:
-        updates = jax.jit(run)(jax.tree.map(jnp.float32, numbers))
-    else:
-        updates = run(numbers)
     exact = exact_updates(g, **numbers, **options)
-    # m is a sum, in which terms may cancel: an update is compared to those around it.
-    np.testing.assert_allclose(updates, exact, rtol=2e-5, atol=1e-6)
+    known, _ = trajectory(scale_by_lp_adam(**numbers, **options), g)
+    traced, _ = with_traced_numbers(**options)(g, **numbers)
+    for updates in (known, traced):
+        # m is a sum, in which terms may cancel: an update is compared to those around
+        # it.
+        np.testing.assert_allclose(updates, exact, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, 8, 64, 1e4])
-@pytest.mark.parametrize("kind", ["constant", "a drop", "rare", "normal", "settled"])
-def test_u_does_not_drift(p, kind):
+def test_u_does_not_drift(p):
     """Errors of single steps are not added up, whatever the gradients."""
     steps = 8000
-    # A change below half a unit in the last place is none.
-    tolerance = 1e-4 if kind == "settled" else 1e-5
     random = np.random.default_rng(0)
     sizes = np.logspace(-1, 1, 16)
-    g = {
+    kinds = {
         "constant": np.ones((steps, 16)),
         "a drop": np.where(np.arange(steps) < 3000, 1.0, 1e-3)[:, None],
         "rare": np.where(random.random((steps, 16)) < 0.02, 1.0, 0.0),
         "normal": random.standard_normal((steps, 16)),
         "settled": np.where(np.arange(steps) < 100, 1.0, 0.2)[:, None],
-    }[kind]
-    g = jnp.asarray(g * sizes, jnp.float32)
+    }
+    g = jnp.asarray(np.stack([kind * sizes for kind in kinds.values()], 1), jnp.float32)
     _, state = trajectory(scale_by_lp_adam(p), g)
-    assert relative_error(state.u, exact_norm(g, p)) < tolerance
+    for i, kind in enumerate(kinds):
+        error = relative_error(state.u[:, i], exact_norm(g[:, i], p))
+        # A change below half a unit in the last place is none.
+        assert error < (1e-4 if kind == "settled" else 1e-5), kind
 
 
 @pytest.mark.parametrize("b2", [0.0, 1e-8, 1e-5, 1e-3, 0.5])
@@ -178,42 +193,44 @@ def test_p_of_2_is_adam_in_float32():
     assert theirs < 5e-5
 
 
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"eps": 0.0}])
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"eps": 0.0}], ids=str)
 @pytest.mark.parametrize("eps_inside", [True, False])
-def test_p_of_infinity_is_adamax_to_the_bit(eps_inside, options, traced):
+def test_p_of_infinity_is_adamax_to_the_bit(eps_inside, options):
     g = gradients(1000)
-    expected = trajectory(scale_by_adamax(eps_inside=eps_inside, **options), g)
+    options = options | {"eps_inside": eps_inside}
+    expected, other = trajectory(scale_by_adamax(**options), g)
+    known = trajectory(scale_by_lp_adam(jnp.inf, **options), g)
+    traced = with_traced_numbers(**options)(g, p=jnp.inf)
+    for updates, state in (known, traced):
+        np.testing.assert_array_equal(state.u, other.u)
+        np.testing.assert_array_equal(state.m, other.m)
+        np.testing.assert_array_equal(updates, expected)
 
-    def run(p):
-        return trajectory(scale_by_lp_adam(p, eps_inside=eps_inside, **options), g)
 
-    updates, state = jax.jit(run)(jnp.float32(jnp.inf)) if traced else run(jnp.inf)
-    np.testing.assert_array_equal(state.u, expected[1].u)
-    np.testing.assert_array_equal(state.m, expected[1].m)
-    np.testing.assert_array_equal(updates, expected[0])
+def after_ties(p, g):
+    """The sum of the last updates and u, after gradients that are the decayed u."""
+    transformation = scale_by_lp_adam(p, b2=0.5)
+    state = transformation.init(g)
+    for scale in (1.0, 0.5, 0.25):
+        update, state = transformation.update(scale * g, state)
+    return jnp.sum(update), state.u
+
+
+after_ties_with_derivatives = jax.jit(
+    jax.value_and_grad(after_ties, (0, 1), has_aux=True)
+)
 
 
 @pytest.mark.parametrize("p", [jnp.inf, 1e30, 1e39, 3.4e38])
-@pytest.mark.parametrize("traced", [False, True])
-def test_ties_at_infinity(p, traced):
+def test_ties_at_infinity(p):
     """A gradient that is exactly the decayed u; and finite derivatives."""
-
-    def last(p, g):
-        transformation = scale_by_lp_adam(p, b2=0.5)
-        state = transformation.init(g)
-        for scale in (1.0, 0.5, 0.25):
-            update, state = transformation.update(scale * g, state)
-        return jnp.sum(update), state.u
-
     g = jnp.ones(3)
-    if traced and p > 3.4e38:
-        p = jnp.inf
-    if traced:
-        by_p, by_g = jax.grad(lambda p, g: last(p, g)[0], (0, 1))(jnp.float32(p), g)
-        assert np.isfinite(by_p) and np.isfinite(by_g).all()
-    _, u = jax.jit(last)(jnp.float32(p), g) if traced else last(p, g)
+    _, u = jax.jit(functools.partial(after_ties, p))(g)
     np.testing.assert_array_equal(u, 0.25 * g)
+    in_float32 = jnp.float32(p if p <= 3.4e38 else jnp.inf)
+    (_, u), (by_p, by_g) = after_ties_with_derivatives(in_float32, g)
+    np.testing.assert_array_equal(u, 0.25 * g)
+    assert np.isfinite(by_p) and np.isfinite(by_g).all()
 
 
 def test_means_of_few_bits_do_not_overflow():
@@ -267,27 +284,35 @@ def test_the_first_step_is_the_sign(p):
     np.testing.assert_allclose(update, [1, -1, 1, 0], rtol=1e-6)
 
 
+def squared_length(p, g, scales):
+    """Of a few updates along a gradient of several sizes."""
+    transformation = scale_by_lp_adam(p)
+    state = transformation.init(g)
+    total = 0.0
+    for scale in scales:
+        update, state = transformation.update(scale * g, state)
+        total += jnp.sum(update**2)
+    return total
+
+
+by_p_and_g = jax.jit(jax.grad(squared_length, (0, 1)))
+by_g_alone = jax.jit(jax.grad(squared_length, 1), static_argnums=0)
+
+
 @pytest.mark.parametrize("p", [1.0, 3.5, 1000.0])
 @pytest.mark.parametrize(
     "g", [[0.0, 0.0], [1.0, 0.0], [1e-15, 1e15], [2.0, 2.0], [1e-25, 1e25]], ids=str
 )
-@pytest.mark.parametrize("scales", [(1.0, 0.0, 0.5), (1e12, 1e-12, 1e12), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    "scales", [(1.0, 0.0, 0.5), (1e12, 1e-12, 1e12), (1.0, 1.0, 1.0)]
+)
 def test_derivatives_are_finite(p, g, scales):
     """Through the updates by the gradient, and by p, which is traced for that."""
-
-    def length(p, g):
-        transformation = scale_by_lp_adam(p)
-        state = transformation.init(g)
-        total = 0.0
-        for scale in scales:
-            update, state = transformation.update(scale * g, state)
-            total += jnp.sum(update**2)
-        return total
-
-    by_p, by_g = jax.grad(length, (0, 1))(jnp.float32(p), jnp.array(g))
+    g = jnp.array(g)
+    by_p, by_g = by_p_and_g(jnp.float32(p), g, scales)
     assert np.isfinite(by_p)
     assert np.isfinite(by_g).all()
-    assert np.isfinite(jax.grad(length, 1)(p, jnp.array(g))).all()
+    assert np.isfinite(by_g_alone(p, g, scales)).all()
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -304,15 +329,31 @@ def test_derivatives_at_a_tie(traced):
     np.testing.assert_allclose([by_u, by_g], [0.75, 0.25], rtol=1e-6)
 
 
-@pytest.mark.parametrize("p", [2.0, 3.5, 100.0])
-@pytest.mark.parametrize("traced", [False, True])
-def test_second_derivatives_are_finite(p, traced):
-    def length(g, p):
-        return jnp.sum(jnp.sin(trajectory(scale_by_lp_adam(p), g)[0]))
+def sine_of_updates(g, p):
+    return jnp.sum(jnp.sin(trajectory(scale_by_lp_adam(p), g)[0]))
 
+
+hessian_at_known_p = jax.jit(jax.hessian(sine_of_updates), static_argnums=1)
+hessian_at_traced_p = jax.jit(jax.hessian(sine_of_updates))
+
+
+@pytest.mark.parametrize("p", [2.0, 3.5, 100.0])
+def test_second_derivatives_are_finite(p):
     g = jnp.array([[1.0], [0.7], [0.0], [2.0]])
-    hessian = jax.hessian(length)(g, jnp.float32(p) if traced else p)
-    assert np.isfinite(hessian).all()
+    assert np.isfinite(hessian_at_known_p(g, p)).all()
+    assert np.isfinite(hessian_at_traced_p(g, jnp.float32(p))).all()
+
+
+@functools.cache
+def jacobians(rule, eps):
+    """By the gradients and the numbers, backwards and forwards, compiled."""
+
+    def length(g, numbers):
+        return jnp.sum(trajectory(rule(**numbers, eps=eps), g)[0])
+
+    return jax.jit(
+        lambda *args: [d(length, (0, 1))(*args) for d in (jax.jacrev, jax.jacfwd)]
+    )
 
 
 @pytest.mark.parametrize(("scale", "eps"), [(1e-25, 0.0), (1e25, 0.0), (1e25, 1e-8)])
@@ -321,20 +362,23 @@ def test_second_derivatives_are_finite(p, traced):
 )
 def test_derivatives_without_a_floor(rule, numbers, scale, eps):
     """Where the square of the denominator vanishes or overflows."""
-
-    def length(g, numbers):
-        return jnp.sum(trajectory(rule(**numbers, eps=eps), g)[0])
-
     g = scale * jnp.array([[1.0], [0.5], [2.0]])
     numbers = jax.tree.map(jnp.float32, numbers | {"b1": 0.9, "b2": 0.999})
-    for derivative in (jax.jacrev, jax.jacfwd):
-        by_all = derivative(length, (0, 1))(g, numbers)
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(by_all))
+    by_all = jacobians(rule, eps)(g, numbers)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(by_all))
 
 
-def relative_direction(point, seed):
-    random = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x * random.standard_normal(x.shape), point)
+@functools.cache
+def value_and_gradient(known_p, eps_inside):
+    """Compiled, of some gradients and hyperparameters, p among them if it is traced."""
+
+    def value(point):
+        numbers = dict(point) if known_p is None else {"p": known_p, **point}
+        g = numbers.pop("g")
+        transformation = scale_by_lp_adam(**numbers, eps_inside=eps_inside)
+        return jnp.sum(jnp.sin(trajectory(transformation, g)[0]))
+
+    return jax.jit(jax.value_and_grad(value))
 
 
 @pytest.mark.parametrize(
@@ -354,20 +398,15 @@ def test_derivatives_are_right(p, traced, eps_inside, x64):
     if traced:
         point["p"] = p
     point = jax.tree.map(jnp.float64, point)
-
-    def length(point):
-        numbers = {"p": p} | point
-        g = numbers.pop("g")
-        transformation = scale_by_lp_adam(**numbers, eps_inside=eps_inside)
-        return jnp.sum(jnp.sin(trajectory(transformation, g)[0]))
-
+    run = value_and_gradient(p if not traced else None, eps_inside)
     h = 1e-6
-    gradient = jax.grad(length)(point)
-    for direction in range(3):
+    _, gradient = run(point)
+    for seed in range(3):
+        random = np.random.default_rng(seed)
         # Of a size with each number, so that all stay in their ranges.
-        d = relative_direction(point, direction)
-        ahead = length(jax.tree.map(lambda x, d: x + h * d, point, d))
-        behind = length(jax.tree.map(lambda x, d: x - h * d, point, d))
+        d = jax.tree.map(lambda x, r=random: x * r.standard_normal(x.shape), point)
+        ahead, _ = run(jax.tree.map(lambda x, d: x + h * d, point, d))
+        behind, _ = run(jax.tree.map(lambda x, d: x - h * d, point, d))
         expected = (ahead - behind) / (2 * h)
         actual = sum(
             jnp.sum(a * b)
@@ -376,16 +415,16 @@ def test_derivatives_are_right(p, traced, eps_inside, x64):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-8)
 
 
+@jax.jit
+@functools.partial(jax.grad, argnums=(0, 1))
+def by_decay_rates(b1, b2):
+    g = jnp.array([[1.0, 0.5], [0.5, 2.0], [1.0, 0.0]])
+    return jnp.sum(trajectory(scale_by_lp_adam(2.0, b1, b2), g)[0])
+
+
 @pytest.mark.parametrize("b2", [0.0, 1e-9, 3e-8])
 def test_derivatives_by_a_small_decay_rate(b2):
-    def length(b1, b2):
-        transformation = scale_by_lp_adam(2.0, b1, b2)
-        g = jnp.array([[1.0, 0.5], [0.5, 2.0], [1.0, 0.0]])
-        return jnp.sum(trajectory(transformation, g)[0])
-
-    by_b1, by_b2 = jax.grad(length, (0, 1))(jnp.float32(b2), jnp.float32(b2))
-    assert np.isfinite(by_b1)
-    assert np.isfinite(by_b2)
+    assert np.isfinite(by_decay_rates(jnp.float32(b2), jnp.float32(b2))).all()
 
 
 def test_the_last_count():
@@ -401,10 +440,9 @@ def test_the_last_count():
             total += jnp.sum(update)
         return total, state.count
 
+    by_numbers = jax.jit(jax.grad(length, (0, 1), has_aux=True))
     for p in (2.5, jnp.inf):
-        derivatives, count = jax.grad(length, (0, 1), has_aux=True)(
-            jnp.float32(p), jnp.float32(0.999)
-        )
+        derivatives, count = by_numbers(jnp.float32(p), jnp.float32(0.999))
         assert np.isfinite(derivatives).all()
         assert count == 2**31 - 1
 

@@ -10,15 +10,27 @@ import numpy as np
 import optax
 import pytest
 import reference
-import sequences
 from hypothesis import given
-from sequences import trajectory
+from sequences import (
+    LONGEST_STEP,
+    ROUNDING_LEAVES,
+    STORAGES,
+    bits,
+    trajectory,
+    updates_of,
+)
 
-from adamax_jax import adamax, convert_state, moments, scale_by_adamax
+from adamax_jax import adamax, moments, scale_by_adamax
+from adamax_jax._storage import M_DTYPES, U_DTYPES, read, write
 
 NARROW = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "uint8"]
-STORAGES = list(sequences.STORAGES.values())
-BYTES = [8, 4, 2]
+FLOAT8 = ["float8_e4m3fn", "float8_e5m2"]
+BYTES_PER_PARAMETER = {"own": 8, "bfloat16": 4, "two bytes": 2}
+# How far an update may be from that of float32, at gradients of every size.
+FAR_FROM_FLOAT32 = {"own": 0, "bfloat16": 0.02, "two bytes": 0.2}
+# Where a ratio m/u in one byte is cut off, and the last code of it in int8.
+LARGEST_RATIO, LAST_CODE = 1.25, 127
+EVERY_STORAGE = pytest.mark.parametrize("name", STORAGES)
 # Decades on either side of 1 that a dtype holds with a full significand, spikes and the
 # factor of 2 of the scale included.
 DECADES = {
@@ -30,12 +42,6 @@ DECADES = {
 }
 # The numbers of the uint8 scale: code 0 is 0, 4 codes per octave, code 1 is 2^-32.
 UINT8 = np.array([0.0] + [2.0 ** (k // 4 - 32) * (1 + k % 4 / 4) for k in range(255)])
-
-
-def bits(u):
-    """u as it is stored, float8 as uint8: XLA on the CPU stacks float8 very slowly."""
-    is_float8 = u.dtype.itemsize == 1 and u.dtype != jnp.uint8
-    return jax.lax.bitcast_convert_type(u, jnp.uint8) if is_float8 else u
 
 
 def numbers(stored, u_dtype):
@@ -123,6 +129,63 @@ def heavy_tailed(u_dtype, steps=20_000, size=32):
     return g.astype(np.float32)
 
 
+def every_number(dtype):
+    """All numbers of a dtype of up to 16 bits that are 0, or positive and normal."""
+    if dtype in ("int8", "uint8"):
+        return np.arange(128 if dtype == "int8" else 256).astype(dtype)
+    dtype = jnp.dtype(dtype)
+    patterns = np.arange(2 ** (8 * dtype.itemsize))
+    x = patterns.astype(f"uint{8 * dtype.itemsize}").view(dtype)
+    # Of bfloat16, what a scale of one half leaves a normal float32.
+    smallest = max(float(jnp.finfo(dtype).smallest_subnormal), 2.0**-124)
+    with np.errstate(invalid="ignore"):
+        wide = x.astype(np.float64)
+    is_positive = np.isfinite(wide) & (wide >= smallest)
+    return x[is_positive | (patterns == 0)]
+
+
+@jax.jit
+def written_back(m, u, u_scale):
+    """What is stored again of what was read, and that."""
+    read_m, read_u = read(m, u, u_scale)
+    return write(read_m, read_u, u_scale, m.dtype, u.dtype, dither=0.5), read_u
+
+
+def assert_same_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    assert np.asarray(actual).tobytes() == np.asarray(expected).tobytes()
+
+
+@pytest.mark.parametrize("u_dtype", NARROW)
+def test_every_u_that_is_read_is_written_back_as_it_was(u_dtype):
+    u = jnp.asarray(every_number(u_dtype))
+    m = jnp.zeros(u.shape)
+    just_below_1 = np.nextafter(np.float32(1), np.float32(0))
+    for u_scale in (1.0, 0.5, 0.999, 2 / 3, just_below_1):
+        (_, again), number = written_back(m, u, jnp.float32(u_scale))
+        assert_same_bits(again, u)
+        np.testing.assert_allclose(
+            number, numbers(u, u_dtype) * np.float64(u_scale), rtol=2**-23
+        )
+
+
+@pytest.mark.parametrize("m_dtype", ["int8", *FLOAT8, "bfloat16", "float16"])
+def test_every_m_that_is_read_is_written_back_as_it_was(m_dtype):
+    m = every_number(m_dtype)
+    if m_dtype in FLOAT8:
+        # Above it, a ratio is cut off.
+        m = m[m.astype(np.float32) <= LARGEST_RATIO]
+    m = jnp.asarray(np.concatenate([m, -m[1:]]))
+    for u in (1.0, 3.7, 1e-6):
+        (again, _), _ = written_back(m, jnp.full(m.shape, u), jnp.float32(1))
+        assert_same_bits(again, m)
+
+
+def test_every_dtype_is_one_that_this_file_tests():
+    assert {*U_DTYPES} == {*NARROW, "float32", "float64"}
+    assert {*M_DTYPES} == {*U_DTYPES, "int8"} - {"uint8"}
+
+
 @pytest.mark.parametrize("u_dtype", NARROW)
 def test_u_is_rounded_once_at_a_constant_b2(u_dtype):
     g = heavy_tailed(u_dtype)
@@ -178,13 +241,11 @@ def test_decaying_the_stored_number_would_fail(u_dtype):
 
 @pytest.mark.parametrize("b2", [0.0, 0.1, 0.5, 0.9, 0.9999])
 def test_scale_stays_in_range_at_every_b2(b2):
-    g = jnp.asarray(heavy_tailed("bfloat16", steps=200))
-    _, state = trajectory(scale_by_adamax(0.0, b2, 0.0, u_dtype="bfloat16"), g)
-    assert np.all((state.u_scale >= 0.5) & (state.u_scale <= 1))
-    norms = np.asarray(state.u, np.float64) * np.asarray(state.u_scale)[:, None]
-    np.testing.assert_allclose(
-        norms, exact(g, np.full(200, b2)), rtol=2**-8, atol=1e-30
-    )
+    g = heavy_tailed("bfloat16", steps=200)
+    stored, u_scale = norms("bfloat16")(jnp.asarray(g), np.full(len(g), np.float32(b2)))
+    assert np.all((u_scale >= 0.5) & (u_scale <= 1))
+    u = numbers(stored, "bfloat16") * np.asarray(u_scale, np.float64)[:, None]
+    np.testing.assert_allclose(u, exact(g, np.full(len(g), b2)), rtol=2**-8, atol=1e-30)
 
 
 @pytest.mark.parametrize("u_dtype", NARROW)
@@ -201,29 +262,38 @@ def test_out_of_range(u_dtype):
     if u_dtype != "bfloat16":
         ends = [smallest, smallest, largest, largest, 0]
         np.testing.assert_array_equal(numbers(state.u, u_dtype), ends)
-    step = jax.jit(lambda state: optimizer.update(0 * g, state))
-    for _ in range(3000):
-        update, state = step(state)
-        # The bound, times what u may have been rounded down.
-        assert np.all(np.abs(update) <= 1.0091 / 0.88)
+
+    def step(state, _):
+        update, state = optimizer.update(0 * g, state)
+        return state, update
+
+    # The bound, times what u may have been rounded down, at all ages.
+    state, updates = jax.jit(lambda s: jax.lax.scan(step, s, length=3000))(state)
+    assert np.all(np.abs(updates) <= LONGEST_STEP / ROUNDING_LEAVES)
     _, u = moments(state)
     assert np.all(np.isfinite(u)) and np.all(u[:4] > 0) and u[4] == 0
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["float16", *FLOAT8])
 def test_large_gradients_leave_a_finite_state(dtype):
     g = jnp.array([1e6, -1e30, 1.0])
     optimizer = scale_by_adamax(m_dtype=dtype, u_dtype=dtype)
-    update, state = trajectory(optimizer, jnp.stack([g] * 20))
-    assert np.all(np.isfinite(state.m.astype(jnp.float32)))
-    assert np.all(np.isfinite(state.u.astype(jnp.float32)))
-    assert np.all(np.isfinite(update)) and np.all(np.sign(update) == np.sign(g)[None])
+    step = jax.jit(optimizer.update)
+    state = optimizer.init(g)
+    for _ in range(20):
+        update, state = step(g, state)
+        assert np.all(np.isfinite(state.m.astype(jnp.float32)))
+        assert np.all(np.isfinite(state.u.astype(jnp.float32)))
+        np.testing.assert_array_equal(np.sign(update), np.sign(g))
+        assert np.all(np.isfinite(update))
 
 
-@pytest.mark.parametrize(
-    "u_dtype", ["float16", "float8_e4m3fn", "float8_e5m2", "uint8"]
-)
-@pytest.mark.parametrize("m_dtype", ["int8", "float8_e5m2", "bfloat16", "float32"])
+# By what factor the rounding of m may make a step longer: of a float8, half an ulp.
+ROUNDING_OF_M = {"int8": 1.01, "float8_e5m2": 1.07, "bfloat16": 1.01, "float32": 1.01}
+
+
+@pytest.mark.parametrize("u_dtype", ["float16", *FLOAT8, "uint8"])
+@pytest.mark.parametrize("m_dtype", ROUNDING_OF_M)
 def test_no_step_gets_past_the_bound_out_of_range(m_dtype, u_dtype):
     """Gradients beyond both ends, and none after them."""
     rng = np.random.default_rng(0)
@@ -231,10 +301,9 @@ def test_no_step_gets_past_the_bound_out_of_range(m_dtype, u_dtype):
     g[:, ::2] = np.float32(10 ** rng.uniform(4, 37, [500, 16]))
     g[rng.random(g.shape) < 0.5] = 0
     optimizer = scale_by_adamax(eps=0.0, m_dtype=m_dtype, u_dtype=u_dtype)
-    update, _ = trajectory(optimizer, jnp.asarray(g))
-    # Half an ulp of a float8 mean comes on top.
-    slack = 1.07 if m_dtype == "float8_e5m2" else 1.01
-    assert np.all(np.abs(update) <= slack * 1.0091 / 0.88)
+    update = updates_of(optimizer, jnp.asarray(g))
+    longest = ROUNDING_OF_M[m_dtype] * LONGEST_STEP / ROUNDING_LEAVES
+    assert np.all(np.abs(update) <= longest)
 
 
 def test_complex_m_shrinks_with_u():
@@ -243,7 +312,14 @@ def test_complex_m_shrinks_with_u():
     _, state = optimizer.update(g, optimizer.init(g))
     for _ in range(20):
         update, state = optimizer.update(0 * g, state)
-        assert np.all(np.abs(update) <= 1.0091 / 0.88)
+        assert np.all(np.abs(update) <= LONGEST_STEP / ROUNDING_LEAVES)
+
+
+def mean_speeds(g, storage):
+    """The mean update of each coordinate in float32 and in a storage, once begun."""
+    for options in ({}, storage):
+        update = updates_of(scale_by_adamax(**options), jnp.asarray(g, jnp.float32))
+        yield np.mean(np.asarray(update[1000:]), axis=0, dtype=np.float64)
 
 
 class TestMean:
@@ -275,75 +351,67 @@ class TestMean:
         # It does not grow with age.
         assert np.max(error[-5000:]) < 1.5 * np.max(error[:5000])
 
-    @pytest.mark.parametrize("small", [0.001, 0.003, 0.01, 0.1])
     @pytest.mark.parametrize("every", [50, 500])
-    def test_small_persistent_gradients_beside_spikes(self, small, every):
+    def test_small_persistent_gradients_beside_spikes(self, every):
         """They move a coordinate at the right mean speed, within 5 %."""
-        rng = np.random.default_rng(0)
-        shape = (20_000, 64)
-        g = np.full(shape, small) * rng.uniform(0.9, 1.1, shape[1])
-        spikes = rng.random(shape) < 1 / every
-        # As many up as down, so that the spikes do not move it.
-        spikes &= rng.permuted(np.arange(shape[0])[:, None] % 2 == 0, axis=0)
-        g = np.where(spikes, rng.choice([-1.0, 1.0], shape), g).astype(np.float32)
-        speed = {}
-        for name, storage in {"float": {}, "int8": STORAGES[2]}.items():
-            update, _ = trajectory(scale_by_adamax(**storage), jnp.asarray(g))
-            speed[name] = np.mean(np.asarray(update[1000:], np.float64))
-        assert speed["int8"] == pytest.approx(speed["float"], rel=0.05)
+        smalls = [0.001, 0.003, 0.01, 0.1]
+        steps, size = 20_000, 64
+        columns = []
+        for small in smalls:
+            rng = np.random.default_rng(0)
+            g = np.full((steps, size), small) * rng.uniform(0.9, 1.1, size)
+            spikes = rng.random(g.shape) < 1 / every
+            # As many up as down, so that the spikes do not move it.
+            spikes &= rng.permuted(np.arange(steps)[:, None] % 2 == 0, axis=0)
+            columns.append(np.where(spikes, rng.choice([-1.0, 1.0], g.shape), g))
+        wide, narrow = mean_speeds(np.hstack(columns), STORAGES["two bytes"])
+        np.testing.assert_allclose(
+            narrow.reshape(len(smalls), size).mean(axis=1),
+            wide.reshape(len(smalls), size).mean(axis=1),
+            rtol=0.05,
+        )
 
-    @pytest.mark.parametrize("period", [2, 4, 10, 16])
-    def test_periodic_gradients_do_not_resonate(self, period):
+    def test_periodic_gradients_do_not_resonate(self):
         """A small mean below a large alternation moves at its speed."""
         t = np.arange(50_000)
-        wave = np.where(t % period < period / 2, 1.0, -1.0)
-        g = jnp.asarray(wave[:, None] + 0.01, jnp.float32)
-        speed = {}
-        for name, storage in {"float": {}, "int8": {"m_dtype": "int8"}}.items():
-            update, _ = trajectory(scale_by_adamax(**storage), g)
-            speed[name] = np.mean(np.asarray(update[1000:], np.float64))
-        assert speed["int8"] == pytest.approx(speed["float"], rel=0.05)
+        waves = [np.where(t % n < n / 2, 1.0, -1.0) for n in (2, 4, 10, 16)]
+        wide, narrow = mean_speeds(np.stack(waves, 1) + 0.01, {"m_dtype": "int8"})
+        np.testing.assert_allclose(narrow, wide, rtol=0.05)
 
     def test_rounding_to_nearest_would_lose_them(self):
         """Why rounding is not to the nearest: the nearest code would never be left."""
         ratio, target = 0.0, 0.003
         for _ in range(1000):
             ratio = 0.9 * ratio + 0.1 * target
-            ratio = 1.25 * (np.round(127 * np.sqrt(ratio / 1.25)) / 127) ** 2
+            code = np.round(LAST_CODE * np.sqrt(ratio / LARGEST_RATIO))
+            ratio = LARGEST_RATIO * (code / LAST_CODE) ** 2
         assert ratio < 0.5 * target
 
-    def test_needs_b1_below_b2(self):
-        for m_dtype in ("int8", "float8_e4m3fn", "float8_e5m2"):
-            with pytest.raises(ValueError, match=r"b1 < b2, got b1=0.9 and b2=0.9"):
-                scale_by_adamax(0.9, 0.9, m_dtype=m_dtype)
-        scale_by_adamax(0.9, 0.9, m_dtype="bfloat16", u_dtype="uint8")
 
-
-@pytest.mark.parametrize(("storage", "size"), list(zip(STORAGES, BYTES, strict=True)))
-def test_bytes_of_ten_million_parameters(storage, size):
+@EVERY_STORAGE
+def test_bytes_of_ten_million_parameters(name):
     params = {"a": jnp.ones([1000, 9000]), "b": jnp.ones(1_000_000)}
-    state = adamax(**storage).init(params)
-    total = sum(x.nbytes for x in jax.tree.leaves(state))
-    assert total == 10_000_000 * size + 8
+    state = jax.eval_shape(adamax(**STORAGES[name]).init, params)
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert total == 10_000_000 * BYTES_PER_PARAMETER[name] + 8
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_update_is_close_to_float32(storage):
+@EVERY_STORAGE
+def test_update_is_close_to_float32(name):
     g = jnp.asarray(heavy_tailed("uint8", steps=500))
-    update, _ = trajectory(scale_by_adamax(**storage), g)
-    exact, _ = trajectory(scale_by_adamax(), g)
-    tolerance = [0, 0.02, 0.2][STORAGES.index(storage)]
-    np.testing.assert_allclose(update, exact, rtol=0, atol=tolerance)
+    update = updates_of(scale_by_adamax(**STORAGES[name]), g)
+    exact = updates_of(scale_by_adamax(), g)
+    np.testing.assert_allclose(update, exact, rtol=0, atol=FAR_FROM_FLOAT32[name])
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_non_finite_gradients(storage):
+@EVERY_STORAGE
+def test_non_finite_gradients(name):
     """The update carries them; a guard keeps the state; without it, this is stored."""
-    optimizer = scale_by_adamax(**storage)
+    optimizer = scale_by_adamax(**STORAGES[name])
     g = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0])
     update, state = jax.jit(optimizer.update)(g, optimizer.init(jnp.ones(4)))
     np.testing.assert_array_equal(jnp.isfinite(update), [False, False, False, True])
-    if storage.get("u_dtype") == "uint8":
+    if name == "two bytes":
         np.testing.assert_array_equal(state.u[:3], [255, 255, 255])
         np.testing.assert_array_equal(state.m[:3], [0, 0, 0])
         _, state = optimizer.update(jnp.ones(4), state)
@@ -352,8 +420,9 @@ def test_non_finite_gradients(storage):
         assert not np.any(np.isfinite(state.u.astype(jnp.float32)[:3]))
     guarded = optax.apply_if_finite(optimizer, max_consecutive_errors=3)
     before = guarded.init(jnp.ones(4))
-    _, after = guarded.update(g, before)
+    update, after = guarded.update(g, before)
     chex.assert_trees_all_equal(after.inner_state, before.inner_state)
+    np.testing.assert_array_equal(update, np.zeros(4))
 
 
 @pytest.mark.parametrize("u_dtype", ["bfloat16", "float16", "float8_e5m2", "uint8"])
@@ -369,104 +438,6 @@ def test_non_finite_gradients_in_mixed_storage(m_dtype, u_dtype):
         assert not np.any(np.isfinite(state.m.astype(jnp.float32)[:3]))
 
 
-@pytest.mark.parametrize("source", STORAGES)
-@pytest.mark.parametrize("target", STORAGES)
-def test_conversion_rounds_once(source, target):
-    g = jnp.asarray(heavy_tailed("uint8", steps=300))
-    optimizer = optax.chain(adamax(**source), optax.scale(1.0))
-    state = optimizer.init(g[0])
-    for g_t in g:
-        _, state = jax.jit(optimizer.update)(g_t, state)
-    full = {"m_dtype": "float32", "u_dtype": "float32"}
-    converted = convert_state(state, **(full | target))
-    expected = adamax(**(full | target)).init(g[0])[0]
-    assert jax.tree.map(jax.typeof, converted[0][0]) == jax.tree.map(
-        jax.typeof, expected
-    )
-    before, after = moments(state), moments(converted)
-    index = STORAGES.index(target)
-    np.testing.assert_allclose(after[1], before[1], rtol=[0, 2**-8, 0.126][index])
-    error = np.abs(after[0] - before[0]) / np.maximum(before[1], 1e-30)
-    # Half a step of the codes at that ratio, which is to u as it will be stored.
-    ratio = np.abs(before[0]) / np.maximum(before[1], 1e-30)
-    half_a_step = 1.25 * (2 * 127 * np.sqrt(ratio / 1.25) + 1) / 127**2 / 2
-    assert np.all(error <= [0, 2**-8, 1.15 * half_a_step][index])
-    # Back in float32, nothing is rounded any more, and training goes on.
-    back = convert_state(converted, **full)
-    chex.assert_trees_all_equal(moments(back), after)
-    adamax(**full).update(g[0], back[0])
-
-
-def test_conversion_of_one_keeps_the_other():
-    g = jnp.asarray(heavy_tailed("uint8", steps=20))
-    optimizer = adamax(m_dtype="bfloat16", u_dtype="uint8")
-    state = optimizer.init(g[0])
-    for g_t in g:
-        _, state = optimizer.update(g_t, state)
-    chex.assert_trees_all_equal(convert_state(state), state)
-    converted = convert_state(state, m_dtype="float32")
-    chex.assert_trees_all_equal(moments(converted), moments(state))
-    chex.assert_trees_all_equal(converted[0].u, state[0].u)
-    assert float(converted[0].u_scale) == float(state[0].u_scale) < 1
-
-
-def test_moments_needs_one_state():
-    with pytest.raises(ValueError, match="holds 0 ScaleByAdamaxState"):
-        moments(optax.adam(1e-3).init(jnp.ones(1)))
-
-
-@pytest.mark.parametrize("storage", [*STORAGES[1:], {"u_dtype": "uint8"}])
-def test_a_none_gradient_counts_as_zero_where_u_is_narrow(storage):
-    """u decays with the others, and m does not stay behind to make a huge step."""
-    params = {"a": jnp.ones(3), "b": {"c": jnp.full(3, 2.0)}}
-    optimizer = scale_by_adamax(**storage)
-    step = jax.jit(optimizer.update)
-    state = optimizer.init(params)
-    for _ in range(20):
-        _, state = step(params, state)
-    zero = {"a": jnp.ones(3), "b": {"c": jnp.zeros(3)}}
-    for missing in (
-        {"a": jnp.ones(3), "b": None},
-        {"a": jnp.ones(3), "b": {"c": None}},
-    ):
-        later = expected = state
-        for _ in range(5000):
-            updates, later = step(missing, later)
-            _, expected = step(zero, expected)
-        chex.assert_trees_all_equal_structs(updates, missing)
-        chex.assert_trees_all_equal(later, expected)
-        update, _ = step(jax.tree.map(lambda p: 1e-3 * p, params), later)
-        assert np.all(np.abs(update["b"]["c"]) <= 1.0091 / 0.88)
-
-
-@pytest.mark.parametrize("name", ["b1", "b2", "eps"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_hyperparameters_in_half_precision(name, dtype):
-    with pytest.raises(TypeError, match=rf"{name} has dtype.*hyperparam_dtype"):
-        adamax(**{name: jnp.array(0.5, dtype)})
-
-
-def test_injected_into_half_precision_parameters():
-    params = jnp.ones(2, jnp.bfloat16)
-    with pytest.raises(TypeError, match=r"hyperparam_dtype=jnp\.float32"):
-        optax.inject_hyperparams(adamax)().init(params)
-    inject = optax.inject_hyperparams(adamax, hyperparam_dtype=jnp.float32)
-    optimizer = inject(m_dtype="int8", u_dtype="uint8")
-    updates, _ = optimizer.update(params, optimizer.init(params))
-    assert updates.dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("name", ["m_dtype", "u_dtype"])
-def test_dtypes_without_a_meaning(name):
-    for value in ("int16", "uint8" if name == "m_dtype" else "int8", "complex64"):
-        with pytest.raises(
-            ValueError, match=rf"{name} must be None or one of.*{value}"
-        ):
-            adamax(**{name: value})
-    with pytest.raises(TypeError, match=rf"{name} must be None or one of.*'narrow'"):
-        adamax(**{name: "narrow"})
-
-
 def test_dtypes_as_strings_or_types():
     expected = scale_by_adamax(m_dtype="int8", u_dtype="uint8").init(jnp.ones(2))
     for m_dtype, u_dtype in [(jnp.int8, jnp.uint8), (np.dtype("int8"), np.dtype("u1"))]:
@@ -475,13 +446,9 @@ def test_dtypes_as_strings_or_types():
 
 
 def test_complex_parameters():
-    params = {"a": jnp.ones(2, jnp.complex64)}
-    for m_dtype in ("int8", "bfloat16"):
-        with pytest.raises(TypeError, match=r"\['a'\] has dtype complex64, whose m"):
-            adamax(m_dtype=m_dtype).init(params)
     optimizer = scale_by_adamax(m_dtype="float32", u_dtype="uint8")
     g = {"a": jnp.array([3 + 4j, 0])}
-    update, state = optimizer.update(g, optimizer.init(params))
+    update, state = optimizer.update(g, optimizer.init(g))
     np.testing.assert_allclose(update["a"], [0.6 + 0.8j, 0], rtol=1e-6)
     assert state.m["a"].dtype == jnp.complex64
     assert state.u["a"].dtype == jnp.uint8
@@ -501,8 +468,8 @@ def test_storage_of_each_leaf_when_parameters_mix():
     assert np.all(alone.u_scale == 1) and state.u_scale[-1] < 1
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_temporary_memory_is_no_more_than_optax_takes(storage):
+@EVERY_STORAGE
+def test_temporary_memory_is_no_more_than_optax_takes(name):
     g = jnp.ones(1_000_000)
 
     def temporary(optimizer):
@@ -512,19 +479,4 @@ def test_temporary_memory_is_no_more_than_optax_takes(storage):
 
     with jax.numpy_dtype_promotion("standard"):
         allowed = temporary(optax.scale_by_adamax())
-    assert temporary(scale_by_adamax(**storage)) <= allowed + 1000
-
-
-@pytest.mark.parametrize("u_dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
-def test_a_conversion_keeps_the_bound_of_steps(u_dtype, dtype):
-    """Where u is too large to be stored, m is cut down with it, as by an update."""
-    g = jnp.full(3, 1e6, dtype)
-    optimizer = scale_by_adamax()
-    state = optimizer.init(g)
-    for _ in range(50):
-        _, state = optimizer.update(g, state)
-    narrow = convert_state(state, u_dtype=u_dtype)
-    update, _ = scale_by_adamax(u_dtype=u_dtype).update(0 * g, narrow)
-    assert np.all(np.abs(update) <= 1.15)
-    assert np.all(np.abs(update) > 0.1)
+    assert temporary(scale_by_adamax(**STORAGES[name])) <= allowed + 1000

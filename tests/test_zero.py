@@ -1,7 +1,9 @@
 """ZeRO-1: shardings of the state, the bytes they save and what they cost."""
 
+import functools
 import re
 import warnings
+from typing import NamedTuple
 
 import eight_devices
 import jax
@@ -268,6 +270,13 @@ def gathered_bytes(compiled):
     return bytes_of
 
 
+class Run(NamedTuple):
+    params: list
+    state: optax.OptState
+    losses: list
+    compiled: str
+
+
 def train(mesh, optimizer, shardings):
     """Parameters replicated, the batch divided; the run and its compiled step."""
     replicated = NamedSharding(mesh, P())
@@ -288,9 +297,22 @@ def train(mesh, optimizer, shardings):
     compiled = step.lower(params, state, batches[0]).compile()
     losses = []
     for x in batches:
-        params, state, loss = step(params, state, x)
+        params, state, loss = compiled(params, state, x)
         losses.append(float(loss))
-    return params, state, losses, compiled
+    return Run(params, state, losses, compiled.as_text())
+
+
+@functools.cache
+def divided_run(name):
+    """With the state of a storage spread over the devices."""
+    mesh, optimizer = data_mesh(), adamax(0.01, **STORAGES[name])
+    shardings = zero_shardings(optimizer, mlp(), mesh, "data")
+    return train(mesh, optimizer, shardings)
+
+
+# The largest change of a step, as a share of it, where a number of the state is rounded
+# to the other side.
+ROUNDING = {"own": 1e-5, "bfloat16": 2**-8, "two bytes": 0.018}
 
 
 def check_training():
@@ -299,47 +321,39 @@ def check_training():
     parameter_bytes = sum(x.nbytes for x in jax.tree.leaves(mlp()))
     for name, storage in STORAGES.items():
         optimizer = adamax(0.01, **storage)
-        shardings = zero_shardings(optimizer, mlp(), mesh, "data")
-        replicated = jax.tree.map(lambda _: NamedSharding(mesh, P()), shardings)
-        params, state, losses, compiled = train(mesh, optimizer, shardings)
-        whole_params, whole_state, whole_losses, _ = train(mesh, optimizer, replicated)
+        divided = divided_run(name)
+        replicated = jax.tree.map(lambda _: NamedSharding(mesh, P()), divided.state)
+        whole = train(mesh, optimizer, replicated)
 
+        state = divided.state[0]
         on_one_device = sum(
             x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)
         )
-        scalars = state[0].count.nbytes + state[0].u_scale.nbytes
-        total = sum(x.nbytes for x in jax.tree.leaves(whole_state))
+        scalars = state.count.nbytes + state.u_scale.nbytes
+        total = sum(x.nbytes for x in jax.tree.leaves(whole.state))
         assert on_one_device == (total - scalars) / 8 + scalars
-        assert state[0].m[0]["kernel"].sharding.spec[0] == "data"
+        assert state.m[0]["kernel"].sharding.spec[0] == "data"
 
         # The whole batch is summed in another order: rounding, and what it grows to.
-        np.testing.assert_allclose(losses, whole_losses, rtol=1e-5)
-        assert losses[-1] < 0.9 * losses[0]
+        np.testing.assert_allclose(divided.losses, whole.losses, rtol=1e-5)
+        assert divided.losses[-1] < 0.9 * divided.losses[0]
         for p, q in zip(
-            jax.tree.leaves(params), jax.tree.leaves(whole_params), strict=True
+            jax.tree.leaves(divided.params), jax.tree.leaves(whole.params), strict=True
         ):
-            # A number of the narrow states may be rounded to the other side, which
-            # changes steps by that much of themselves.
-            rounding = {"own": 1e-5, "bfloat16": 2**-8, "two bytes": 0.018}[name]
-            np.testing.assert_allclose(p, q, rtol=0, atol=0.01 * rounding * STEPS)
+            np.testing.assert_allclose(p, q, rtol=0, atol=0.01 * ROUNDING[name] * STEPS)
 
         # The parameters' bytes once, in float32, as their updates or as themselves:
         # nothing of the state. Narrow states have other dtypes, so that even a part
         # of one would be seen.
-        assert gathered_bytes(compiled.as_text()) == {"f32": parameter_bytes}
+        assert gathered_bytes(divided.compiled) == {"f32": parameter_bytes}
 
 
 def check_a_divided_state_is_diagnosed_as_a_whole():
-    mesh = data_mesh()
-    for storage in STORAGES.values():
-        optimizer = adamax(0.01, **storage)
-        shardings = zero_shardings(optimizer, mlp(), mesh, "data")
-        _, state, _, _ = train(mesh, optimizer, shardings)
-        whole = jax.device_put(state, NamedSharding(mesh, P()))
+    for name in ("own", "two bytes"):
+        state = divided_run(name).state
+        whole = jax.tree.leaves(diagnose(jax.device_get(state)))
         for figures in (diagnose(state), jax.jit(diagnose)(state)):
-            for x, y in zip(
-                jax.tree.leaves(figures), jax.tree.leaves(diagnose(whole)), strict=True
-            ):
+            for x, y in zip(jax.tree.leaves(figures), whole, strict=True):
                 np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
