@@ -26,6 +26,7 @@ from adamax_jax._moments import (
     coefficients,
     is_surely_positive,
     mean_and_step,
+    with_eps,
 )
 from adamax_jax._shared import SharedAxes, check_shared_axes, maximum_over, zeros_shared
 from adamax_jax._storage import (
@@ -109,7 +110,7 @@ def scale_by_adamax(
     without drift: each stored number is the exact one rounded once, at any age, and the
     decay is exact, as long as u / u_scale is a normal number of the dtype. What is
     below its smallest number (above its largest) counts as that number, and where u
-    was cut down, m is too: steps keep their bound, times 1.13 for what rounding may
+    was cut down, m is too: steps keep their bound, times 1.14 for what rounding may
     take off a uint8 u. Derivatives do not pass through numbers stored in one byte.
 
     **Sharing u.** With ``shared_axes`` one u stands for each slice S of a parameter
@@ -188,7 +189,8 @@ def scale_by_adamax(
         has one twice; by ``update``, if the gradients differ from the state in tree
         structure or shape.
       TypeError: If a hyperparameter is not a number or a scalar array of at least 32
-        bits, a dtype is none, or ``shared_axes`` are no integers; by ``init``, if a
+        bits, ``m_dtype`` or ``u_dtype`` is not a dtype, or ``shared_axes`` are not
+        integers; by ``init``, if a
         parameter is not floating-point or complex; by ``update``, if a gradient is not,
         or if it is complex where the parameter is real or the other way round.
 
@@ -238,14 +240,14 @@ def scale_by_adamax(
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         t = jnp.asarray(count, float)
-        u_scale = state.u_scale
+        next_u_scale = u_scale = state.u_scale
         if not all(is_wide(u.dtype) for u in jax.tree.leaves(state.u)):
-            u_scale = decay_scale(u_scale, jnp.asarray(b2, u_scale.dtype))
+            next_u_scale = decay_scale(u_scale, jnp.asarray(b2, u_scale.dtype))
         c = _Coefficients(
-            mean=coefficients(b1, eps, t),
+            both=coefficients(b1, eps, t),
             b2=b2,
-            u_scale=state.u_scale,
-            next_u_scale=u_scale,
+            u_scale=u_scale,
+            next_u_scale=next_u_scale,
             dither=dither(count),
         )
         # Arrays: numbers would be brought to the device for every leaf anew.
@@ -253,7 +255,7 @@ def scale_by_adamax(
         step, m, u = update_leaves(
             lambda g, m, u: _update_leaf(g, m, u, c, rule), updates, state.m, state.u
         )
-        return step, ScaleByAdamaxState(count=count, m=m, u=u, u_scale=u_scale)
+        return step, ScaleByAdamaxState(count, m, u, next_u_scale)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -298,7 +300,7 @@ def adamax(
 
     Raises:
       ValueError, TypeError: As :func:`scale_by_adamax`; also if ``learning_rate`` is
-        no finite number, scalar array or schedule.
+        not a finite number, a scalar array or a schedule.
 
     Examples:
       >>> import jax
@@ -408,7 +410,7 @@ def adamaxw(
 class _Coefficients(NamedTuple):
     """The scalars of one step, the same for every leaf."""
 
-    mean: Coefficients
+    both: Coefficients
     b2: ArrayLike
     u_scale: ArrayLike
     next_u_scale: ArrayLike
@@ -425,8 +427,8 @@ def _update_leaf(g, stored_m, stored_u, c, rule):
     m, u = read(stored_m, stored_u, c.u_scale)
     g, m, u, c = cast((g, m, u, c), dtype)
     norm = maximum_over(jnp.abs(g), u.shape)
-    u = jnp.maximum(c.b2 * u, norm + c.mean.eps if rule.eps_inside else norm)
-    m, step = by_parts(lambda g, m: mean_and_step(g, m, u, c.mean, rule), g, m)
+    u = jnp.maximum(c.b2 * u, with_eps(norm, c.both, rule))
+    m, step = by_parts(lambda g, m: mean_and_step(g, m, u, c.both, rule), g, m)
     stored_m, stored_u = write(
         m, u, c.next_u_scale, stored_m.dtype, stored_u.dtype, c.dither
     )

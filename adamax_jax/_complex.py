@@ -23,7 +23,10 @@ def by_parts(function: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 
 def dtype_like(x: ArrayLike | DTypeLike, real: DTypeLike) -> Any:
-    """The dtype ``real``, or where x is complex the one whose parts have it."""
+    """The dtype ``real``, or where x is complex the one whose parts have it.
+
+    Where x is complex, ``real`` is float32 or float64.
+    """
     if not jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
         return real
     return jnp.complex128 if real == jnp.float64 else jnp.complex64

@@ -108,8 +108,8 @@ def from_torch(
         optimizer's, a parameter has no state or one of another optimizer, the
         parameters have taken different numbers of steps, or ``convert`` asks for a name
         that is not there or returns a negative number for ``exp_inf``.
-      TypeError: If ``state_dict`` is none, or ``convert`` returns complex numbers, of
-        which PyTorch treats the two parts apart, or float64 without
+      TypeError: If ``state_dict`` is not one, or ``convert`` returns complex numbers,
+        of which PyTorch treats the two parts apart, or float64 without
         ``jax_enable_x64``.
 
     Examples:

@@ -28,6 +28,7 @@ from adamax_jax._moments import (
     is_surely_positive,
     mean_and_step,
     one_minus_power,
+    with_eps,
 )
 from adamax_jax._storage import arithmetic_dtype, is_ratio, read, write
 
@@ -85,8 +86,8 @@ def scale_by_lp_adam(
 
     The paper keeps :math:`v_t = \beta_2^p v_{t-1} + (1 - \beta_2^p) |g_t|^p`, whose
     :math:`v_t / (1 - \beta_2^{pt})` is :math:`u_t^p` here. It overflows, or vanishes,
-    for large p: the family was called unstable. Kept is u here, and the larger of the
-    two terms taken out of the sum,
+    for large p: the family was called unstable. Here u itself is kept, and the larger
+    of the two terms is taken out of the sum,
 
     .. math::
 
@@ -235,7 +236,7 @@ def lp_adam(
 
     Raises:
       ValueError, TypeError: As :func:`scale_by_lp_adam`; also if ``learning_rate`` is
-        no finite number, scalar array or schedule.
+        not a finite number, a scalar array or a schedule.
 
     Examples:
       From Adam to AdaMax in the course of training:
@@ -320,7 +321,7 @@ def lp_adamw(
 class _Coefficients(NamedTuple):
     """The scalars of one step, the same for every leaf."""
 
-    mean: Coefficients
+    both: Coefficients
     p: ArrayLike
     # (1 - w)^(1/p), 1 minus it to all digits, and w^(1/p): b2, 1 - b2 and 1 where p is
     # infinity.
@@ -331,6 +332,7 @@ class _Coefficients(NamedTuple):
 
 def _coefficients(p, b1, b2, eps, t):
     """The scalars of step t."""
+    # Also before it is an array: jax.debug_infs looks at those.
     p = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
     p = jnp.minimum(jnp.asarray(p, float), _INFINITE_ORDER)
     w = one_minus_power(b2, p) / one_minus_power(b2, p * t)
@@ -341,7 +343,7 @@ def _coefficients(p, b1, b2, eps, t):
     log_factor = jnp.log1p(-w * (1 - one_minus_power(b2, p * past))) / p
     rate = jnp.asarray(b2, float)
     return _Coefficients(
-        mean=coefficients(b1, eps, t),
+        both=coefficients(b1, eps, t),
         p=p,
         decay=rate * jnp.exp(log_factor),
         one_minus_decay=jnp.asarray(1 - b2, float) - rate * jnp.expm1(log_factor),
@@ -356,9 +358,8 @@ def _update_leaf(g, stored_m, stored_u, c, rule, known_p):
     # m is no ratio and u is wide: they have no scale and are rounded to nearest.
     m, u = read(stored_m, stored_u, u_scale=1)
     g, m, u, c = cast((g, m, u, c), stored_u.dtype)
-    norm = jnp.abs(g) + c.mean.eps if rule.eps_inside else jnp.abs(g)
-    u = _mean_of_order_p(u, norm, c, known_p)
-    m, step = by_parts(lambda g, m: mean_and_step(g, m, u, c.mean, rule), g, m)
+    u = _mean_of_order_p(u, with_eps(jnp.abs(g), c.both, rule), c, known_p)
+    m, step = by_parts(lambda g, m: mean_and_step(g, m, u, c.both, rule), g, m)
     stored_m, stored_u = write(m, u, 1, stored_m.dtype, stored_u.dtype, dither=0.5)
     return step.astype(g_dtype), stored_m, stored_u
 

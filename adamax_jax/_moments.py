@@ -18,20 +18,22 @@ class Rule(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The scalars of one step, the same for every leaf."""
+    """The scalars of one step that both need, the same for every leaf."""
 
     b1: ArrayLike
-    # Not left to the leaves: 1 - 0.9 in float32 is off by 2e-7, in Python by 1e-17.
+    # Not left to the leaves: 1 - 0.9 is off by 2e-7 of itself in float32, and by 2e-16
+    # in Python.
     one_minus_b1: ArrayLike
     # 1 / (1 - b1^t). The compiler would replace a division by one scalar by this
     # product anyway, but not in leaves of a single element, whose bits would differ.
     correction: ArrayLike
+    # That of the step t + 1, for Nesterov's look ahead.
     next_correction: ArrayLike
     eps: ArrayLike
 
 
 def coefficients(b1: ArrayLike, eps: ArrayLike, t: jax.Array) -> Coefficients:
-    """The scalars of step t."""
+    """The scalars of step t that both need."""
     return Coefficients(
         b1=b1,
         one_minus_b1=1 - b1,
@@ -39,6 +41,11 @@ def coefficients(b1: ArrayLike, eps: ArrayLike, t: jax.Array) -> Coefficients:
         next_correction=1 / one_minus_power(b1, t + 1),
         eps=eps,
     )
+
+
+def with_eps(norm: jax.Array, c: Coefficients, rule: Rule) -> jax.Array:
+    """|g| + eps, or |g| where eps is added to the denominator."""
+    return norm + c.eps if rule.eps_inside else norm
 
 
 def mean_and_step(
@@ -67,7 +74,7 @@ def _quotient(m_hat, denominator, is_positive):
 
 @jax.custom_jvp
 def divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / y, whose own derivative by y divides by y^2, which is 0 for a y of 1e-23."""
+    """x / y; JAX's own derivative divides by y^2, which is 0 for a y of 1e-23."""
     return x / y
 
 
@@ -87,8 +94,7 @@ def one_minus_power(b: ArrayLike, t: ArrayLike) -> jax.Array:
     if isinstance(b, float):
         return -jnp.expm1(t * math.log(b)) if b > 0 else jnp.ones_like(t)
     b = jnp.asarray(b, float)
-    # The inner where keeps the derivative at b = 0, which is that of b^t, from becoming
-    # NaN.
+    # The inner where keeps the derivative at b = 0 finite.
     is_zero = b == 0
     log_b = jnp.log(jnp.where(is_zero, 1, b))
     return jnp.where(is_zero, 1 - b**t, -jnp.expm1(t * log_b))

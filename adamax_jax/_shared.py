@@ -21,10 +21,10 @@ def check_shared_axes(shared_axes: Any) -> Any:
 
 
 def zeros_shared(path: Any, leaf: Any, dtype: Any, shared_axes: Any) -> jax.Array:
-    """Zeros for the u of one parameter; they lie on the devices as it will."""
+    """Zeros for the u of one parameter, divided over devices as that is."""
     zeros = jnp.zeros_like(leaf, dtype=dtype)
     axes = _axes_of(path, leaf, shared_axes)
-    # The maximum of zeros itself would take the compiler seconds to evaluate.
+    # zeros_like, since XLA takes seconds to evaluate a maximum of zeros.
     return jnp.zeros_like(_maximum(zeros, axes)) if axes else zeros
 
 
@@ -54,12 +54,12 @@ def can_reshare(shape: Shape, other: Shape) -> bool:
 
 
 def reshare(u: jax.Array, shape: Shape) -> jax.Array:
-    """u of another shape: its maximum along axes that only that one shares.
+    """u in another shape: its maximum along axes where that has size 1 and u has not.
 
-    Along axes that only this one shares it is repeated.
+    Along axes where u has size 1 and that has not, it is repeated.
     """
     pairs = enumerate(zip(u.shape, shape, strict=True))
-    axes = tuple(axis for axis, (size, kept) in pairs if size != 1 == kept)
+    axes = tuple(axis for axis, (size, kept) in pairs if kept == 1 and size != 1)
     return jnp.broadcast_to(_maximum(u, axes), shape)
 
 
@@ -75,7 +75,7 @@ def spec_of_shared(spec: PartitionSpec, whole: Shape, shape: Shape) -> Partition
 
 
 def _axes_of(path, leaf, shared_axes):
-    """The axes of one parameter that share a u: none of those with fewer than two."""
+    """The axes of one parameter that share a u; none if it has fewer than two."""
     ndim = jnp.ndim(leaf)
     if ndim < 2:
         return ()

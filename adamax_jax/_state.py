@@ -1,4 +1,4 @@
-"""What may be done with a state: read it, store it in other dtypes, put it in."""
+"""A state: read, stored in other dtypes, put into that of a new optimizer."""
 
 import operator
 from collections.abc import Callable
@@ -29,7 +29,8 @@ def moments(state: optax.OptState) -> tuple[optax.Updates, optax.Updates]:
       shaped as the parameters; u has size 1 along axes that share it.
 
     Raises:
-      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in the state.
+      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in the state,
+        or it is that of an ensemble (``jax.vmap``).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -67,7 +68,8 @@ def convert_state(
     Raises:
       TypeError, ValueError: If a dtype is not one that :func:`scale_by_adamax` takes,
         or m is complex and ``m_dtype`` has no complex counterpart; ValueError also if
-        there is no :class:`ScaleByAdamaxState` in the state.
+        there is no :class:`ScaleByAdamaxState` in the state, or one is that of an
+        ensemble (``jax.vmap``).
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -124,20 +126,20 @@ def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.O
       >>> state[0].count, state[1].count
       (Array(7, dtype=int32), Array(7, dtype=int32))
     """
-    new, given = only_state(state), only_state(adamax_state)
+    target, given = only_state(state), only_state(adamax_state)
     count = unwrapped(given.count)
     m, u, u_scale = _rewrite(
-        m=_leaves_like(new.m, given.m, fits=operator.eq),
-        u=_leaves_like(new.u, given.u, fits=can_reshare),
+        m=_leaves_like(target.m, given.m, fits=operator.eq),
+        u=_leaves_like(target.u, given.u, fits=can_reshare),
         u_scale=unwrapped(given.u_scale),
-        m_dtypes=[leaf.dtype for leaf in jax.tree.leaves(new.m)],
-        like_u=jax.tree.leaves(new.u),
+        m_dtypes=[leaf.dtype for leaf in jax.tree.leaves(target.m)],
+        like_u=jax.tree.leaves(target.u),
     )
     inserted = ScaleByAdamaxState(
-        count=_placed([count], new.count),
-        m=_placed(m, new.m),
-        u=_placed(u, new.u),
-        u_scale=_placed([u_scale], new.u_scale),
+        count=_placed([count], target.count),
+        m=_placed(m, target.m),
+        u=_placed(u, target.u),
+        u_scale=_placed([u_scale], target.u_scale),
     )
     return _set_counts(map_states(lambda _: inserted, state), count)
 
@@ -203,6 +205,7 @@ def unwrapped(scalar: Any) -> jax.Array:
 
 
 def _convert(state, m_dtype, u_dtype):
+    """One AdaMax's state, stored in other dtypes."""
     m = jax.tree.leaves(state.m)
     u = jax.tree.leaves(state.u)
     if m_dtype is not None:
@@ -212,7 +215,7 @@ def _convert(state, m_dtype, u_dtype):
     new_m, new_u, u_scale = _rewrite(
         m,
         u,
-        unwrapped(state.u_scale),
+        scale_of(state),
         m_dtypes=[
             x.dtype if m_dtype is None else jnp.dtype(dtype_like(x, m_dtype)) for x in m
         ],
@@ -226,7 +229,7 @@ def _convert(state, m_dtype, u_dtype):
 
 
 def _rewrite(m, u, u_scale, m_dtypes, like_u):
-    """Lists of m and u as stored in other dtypes, u shared as others, and its scale.
+    """Lists of m and u as stored in other dtypes, u in other shapes, and its scale.
 
     Each number is rounded once, or not at all where nothing changes.
     """
@@ -251,18 +254,18 @@ def _leaves_like(target, given, fits):
     """The given leaves in the order of the target's, found by their paths."""
     leaves = dict(jax.tree.leaves_with_path(given))
     found = []
-    for path, old in jax.tree.leaves_with_path(target):
+    for path, place in jax.tree.leaves_with_path(target):
         # A container around a single array adds an entry: Flax NNX's variables.
         key = path if path in leaves else path[:-1]
         if key not in leaves:
             raise ValueError(f"The state to insert has no leaf at {name_of(path)}.")
-        new = leaves.pop(key)
-        if not fits(new.shape, old.shape):
+        leaf = leaves.pop(key)
+        if not fits(leaf.shape, place.shape):
             raise ValueError(
-                f"The state to insert has shape {new.shape} at {name_of(key)}, where "
-                f"the optimizer's has {old.shape}."
+                f"The state to insert has shape {leaf.shape} at {name_of(key)}, where "
+                f"the optimizer's has {place.shape}."
             )
-        found.append(new)
+        found.append(leaf)
     masked = [
         path
         for path, leaf in jax.tree.leaves_with_path(target, is_leaf=_is_masked)

@@ -69,7 +69,8 @@ def arithmetic_dtype(*dtypes: Any) -> Any:
 
     float64 where one of them, or the parts of a complex one, is.
     """
-    is_double = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)} & set(dtypes)
+    doubles = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)}
+    is_double = any(jnp.dtype(dtype) in doubles for dtype in dtypes)
     return jnp.float64 if is_double else jnp.float32
 
 
@@ -102,7 +103,7 @@ def write(
     u_dtype: Any,
     dither: ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """m and u rounded to dtypes; what is positive in u stays so, and what is finite.
+    """m and u rounded to dtypes: positive u stays positive, finite numbers finite.
 
     Where u is above the largest number of its dtype, m shrinks with it, so that no step
     becomes longer.
@@ -117,7 +118,8 @@ def write(
     """
     stored_u = _write_u(u, u_scale, u_dtype)
     next_u = _read_u(stored_u, u_scale).astype(u.dtype)
-    # Less than this is left only of a u that was above the largest number.
+    # Rounding leaves this of u at least: what is below was cut off at the largest
+    # number of its dtype.
     least_u = _ROUNDING_LEAVES * u
     if is_ratio(m_dtype):
         # Multiplied by the u that will be read, the ratio shrinks m by itself.

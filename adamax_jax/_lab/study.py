@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from adamax_jax import adamax, lp_adam
-from adamax_jax._lab.cli import PACKAGES, Command, add_names, environment, positive_int
+from adamax_jax._lab.cli import Command, add_names, environment, positive_int
 from adamax_jax._lab.estimates import Estimate, digits_to_show, estimate, show
 from adamax_jax._lab.tasks import ALL_TASKS, TASKS
 from adamax_jax._lab.train import Method, Run, Trainer
@@ -348,7 +348,7 @@ COMMAND = Command(
     help="compare optimizers and storages of their state, in the quality of training",
     description=__doc__,
     add_options=_add_options,
-    needs=lambda options: PACKAGES,
+    needs=lambda options: ("flax", "sklearn"),
     results=_results,
     describe=_describe,
     text=_text,

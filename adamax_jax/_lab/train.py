@@ -65,13 +65,15 @@ class Trainer:
             x.size * x.dtype.itemsize for x in jax.tree.leaves(state)
         )
 
-    def run(self, task: str, method: str, learning_rate: float, seed: int) -> Run:
+    def run(
+        self, task_name: str, method_name: str, learning_rate: float, seed: int
+    ) -> Run:
         """A training and its metrics, under the names of the task and the method."""
         start = time.perf_counter()
         params, losses = self.train(learning_rate, seed)
         return Run(
-            task=task,
-            method=method,
+            task=task_name,
+            method=method_name,
             learning_rate=learning_rate,
             seed=seed,
             metrics=[float(x) for x in self._measure(params)],
