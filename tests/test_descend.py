@@ -118,6 +118,18 @@ def test_decay_of_parameters_beyond_the_gradients_range():
     assert float(updates[0]) == pytest.approx(-1e-3 * (1 + 10), rel=2e-3)
 
 
+def test_decay_is_added_in_float32_and_rounded_once():
+    """A step of -1/4 and a decay of a little over half a unit in the last place."""
+    half_a_unit = 2.0**-10
+    params = jnp.full(1, 1.001 * half_a_unit)
+    optimizer = adamaxw(1.0, b1=0.0, weight_decay=1.0, eps=3.0)
+    g = jnp.ones(1, jnp.bfloat16)
+    updates, _ = optimizer.update(g, optimizer.init(params), params)
+    one_unit_more = jnp.nextafter(jnp.bfloat16(0.25), jnp.bfloat16(1))
+    assert updates.dtype == jnp.bfloat16
+    assert updates[0] == -one_unit_more
+
+
 def test_quadratic_is_minimised():
     optimizer = adamax(optax.linear_schedule(0.1, 0.0, 400))
 

@@ -227,6 +227,16 @@ def test_an_inserted_state_may_have_parts_that_are_masked():
     assert isinstance(state.u["b"], optax.MaskedNode)
 
 
+def test_an_inserted_state_may_have_more_below_what_is_masked():
+    """A mask for a whole subtree stands in its place."""
+    params = {"a": jnp.ones(2), "b": {"c": jnp.ones(3), "d": [jnp.ones(4)]}}
+    given = adamax().init(params)[0]
+    optimizer = optax.masked(adamax(), {"a": True, "b": False})
+    state = insert_state(optimizer.init(params), given).inner_state[0]
+    assert isinstance(state.m["b"], optax.MaskedNode)
+    assert int(state.count) == 0
+
+
 def test_a_state_is_inserted_into_an_nnx_optimizer():
     """Its containers stay, its schedule goes on, and so does training."""
     model = nnx.Linear(4, 8, use_bias=False, rngs=nnx.Rngs(0))

@@ -306,6 +306,20 @@ def test_no_step_gets_past_the_bound_out_of_range(m_dtype, u_dtype):
     assert np.all(np.abs(update) <= longest)
 
 
+@pytest.mark.parametrize("u_dtype", ["float16", *FLOAT8, "uint8"])
+@pytest.mark.parametrize("m_dtype", ["int8", "float32"])
+def test_no_step_gets_past_the_bound_just_out_of_range(m_dtype, u_dtype):
+    """Where less than half of u is cut off: m shrinks there, too."""
+    largest = 1.5 * 2.0**31 if u_dtype == "uint8" else float(jnp.finfo(u_dtype).max)
+    g = np.linspace(1, 2, 9, dtype=np.float32) * np.float32(largest)
+    g = np.concatenate([np.tile(g, [60, 1]), np.zeros([2, 9], np.float32)])
+    optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype)
+    update = updates_of(optimizer, jnp.asarray(g))
+    # The decay of the scale brings a u below its end back into the range.
+    longest = ROUNDING_OF_M[m_dtype] * LONGEST_STEP / ROUNDING_LEAVES
+    assert np.all(np.abs(update) <= longest)
+
+
 def test_complex_m_shrinks_with_u():
     g = jnp.array([3e20 + 4e20j, 1j])
     optimizer = scale_by_adamax(m_dtype="float32", u_dtype="uint8")
