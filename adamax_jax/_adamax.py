@@ -16,6 +16,9 @@ from adamax_jax._checks import (
     check_gradients,
     check_params,
     check_ratio,
+    check_rounding,
+    check_state,
+    check_storage,
 )
 from adamax_jax._complex import by_parts, cast, dtype_like
 from adamax_jax._descend import decayed_weights, descend
@@ -111,7 +114,9 @@ def scale_by_adamax(
     decay is exact, as long as u / u_scale is a normal number of the dtype. What is
     below its smallest number (above its largest) counts as that number, and where u
     was cut down, m is too: steps keep their bound, times 1.14 for what rounding may
-    take off a uint8 u. Derivatives do not pass through numbers stored in one byte.
+    take off a uint8 u. Derivatives do not pass through numbers stored in one byte. A
+    cast state is not what it was, and is refused where that can be seen:
+    :func:`convert_state` stores one in other dtypes.
 
     **Sharing u.** With ``shared_axes`` one u stands for each slice S of a parameter
     along these axes,
@@ -186,13 +191,14 @@ def scale_by_adamax(
       ValueError: If ``b1`` or ``b2`` is outside [0, 1), ``eps`` is negative or not
         finite, a dtype is not one of those above, or one byte for m meets
         ``b1 >= b2``; by ``init``, if a parameter does not have the ``shared_axes`` or
-        has one twice; by ``update``, if the gradients differ from the state in tree
-        structure or shape.
+        has one twice, or a decay rate is 1 in the precision of a parameter; by
+        ``update``, if the gradients differ from the state in tree structure or shape.
       TypeError: If a hyperparameter is not a number or a scalar array of at least 32
         bits, ``m_dtype`` or ``u_dtype`` is not a dtype, or ``shared_axes`` are not
-        integers; by ``init``, if a
-        parameter is not floating-point or complex; by ``update``, if a gradient is not,
-        or if it is complex where the parameter is real or the other way round.
+        integers; by ``init``, if a parameter is not floating-point or complex; by
+        ``update``, if a gradient is not, if it is complex where the parameter is real
+        or the other way round, or if the state is of another type or in other dtypes
+        than this optimizer's.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -221,6 +227,7 @@ def scale_by_adamax(
 
     def init_fn(params):
         check_params(params, m_dtype)
+        check_rounding({"b1": b1, "b2": b2}, params, m_dtype, u_dtype)
         return ScaleByAdamaxState(
             count=jnp.zeros([], jnp.int32),
             m=jax.tree.map(
@@ -237,6 +244,8 @@ def scale_by_adamax(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state(state, ScaleByAdamaxState)
+        check_storage(state, m_dtype, u_dtype)
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         t = jnp.asarray(count, float)
@@ -368,7 +377,8 @@ def adamaxw(
         a number, a scalar array, or a schedule from the count of updates.
       mask: Which parameters decay: a tree of booleans with the structure of the
         parameters or a prefix of it, or a function that returns one, given the
-        parameters. None: all of them.
+        parameters. None: all of them. With ``optax.inject_hyperparams`` pass that
+        ``static_args="mask"``: it takes a function for a schedule.
 
     The other arguments are explained at :func:`scale_by_adamax`.
 
@@ -377,7 +387,8 @@ def adamaxw(
 
     Raises:
       ValueError, TypeError: As :func:`adamax`; ValueError also by ``update`` without
-        parameters, or with parameters of another shape than the gradients.
+        parameters, or with parameters of another shape than the gradients; both if
+        ``mask`` is not a tree of booleans, or False for all.
 
     Examples:
       >>> import jax.numpy as jnp

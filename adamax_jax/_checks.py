@@ -6,15 +6,16 @@ dtypes): a hyperparameter may be a traced array, whose value nobody knows yet.
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamax_jax._complex import dtype_like
 from adamax_jax._paths import is_inside, name_of
-from adamax_jax._storage import is_ratio
+from adamax_jax._storage import arithmetic_dtype, is_ratio
 
 _COMPLEX_PARTS = (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
 
@@ -42,6 +43,16 @@ def check_eps(name: str, value: Any) -> Any:
 def check_finite(name: str, value: Any) -> Any:
     """Returns a factor, refusing an infinite number or NaN."""
     return _check_scalar(name, value, "finite", math.isfinite)
+
+
+def check_scalar(name: str, value: Any) -> Any:
+    """Returns what a schedule returned, refusing an array of several numbers."""
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{name} must be a scalar, but its schedule returned an array of shape "
+            f"{jnp.shape(value)}."
+        )
+    return value
 
 
 def check_dtype(name: str, value: Any, allowed: Sequence[str]) -> Any:
@@ -98,8 +109,14 @@ def _check_scalar(name, value, allowed, is_allowed):
         if not is_allowed(value):
             raise ValueError(f"{name} must be {allowed}, got {value!r}.")
         return float(value)
-    if not hasattr(value, "dtype") or jnp.iscomplexobj(value):
+    if not hasattr(value, "dtype"):
         raise TypeError(f"{name} must be a number or a scalar array, got {value!r}.")
+    if jnp.iscomplexobj(value):
+        raise TypeError(
+            f"{name} must be a number or a scalar array, got {value!r}, which is "
+            "complex. If it comes from optax.inject_hyperparams, which casts to the "
+            "parameters' dtype, pass that hyperparam_dtype=jnp.float32."
+        )
     if jnp.shape(value) != ():
         raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")
     return value
@@ -127,6 +144,66 @@ def check_params(params: Any, m_dtype: Any) -> None:
             check_complex(path, dtype, m_dtype)
 
 
+def check_rounding(rates: Mapping[str, Any], params: Any, *dtypes: Any) -> None:
+    """Refuses decay rates that are 1 in the precision of some parameter."""
+    arithmetic = {
+        arithmetic_dtype(jnp.result_type(p), *filter(None, dtypes))
+        for p in jax.tree.leaves(params)
+    }
+    for name, rate in rates.items():
+        if isinstance(rate, float) and any(
+            jnp.dtype(d).type(rate) == 1 for d in arithmetic
+        ):
+            raise ValueError(
+                f"{name}={rate!r} is 1 in float32, in which the optimizer computes "
+                "here, so that nothing would ever be forgotten: at most "
+                "0.99999994, or float64 parameters."
+            )
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Refuses a state of another type than the optimizer's own."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"The state is a {type(state).__name__}, but this optimizer's is a "
+            f"{kind.__name__}, which its init returns. Restore a checkpoint into such "
+            "a state; insert_state puts in the state of another AdaMax."
+        )
+
+
+def check_storage(state: Any, m_dtype: Any, u_dtype: Any) -> None:
+    """Refuses a state that is not stored as the optimizer stores it."""
+    scale_dtype = jnp.result_type(state.u_scale)
+    if scale_dtype != jnp.float32:
+        raise TypeError(
+            f"The state's u_scale has dtype {scale_dtype}, in which it would not decay "
+            f"as it should, instead of float32. {_NO_CASTS}"
+        )
+    checked = set()
+    u_leaves = jax.tree.leaves(state.u)
+    for (path, m), u in zip(jax.tree.leaves_with_path(state.m), u_leaves, strict=True):
+        if (m.dtype, u.dtype) in checked:
+            continue
+        checked.add((m.dtype, u.dtype))
+        for name, leaf, dtype in (
+            ("m", m, None if m_dtype is None else dtype_like(m, m_dtype)),
+            ("u", u, u_dtype),
+        ):
+            is_number = jnp.issubdtype(leaf.dtype, jnp.inexact)
+            if leaf.dtype != dtype if dtype is not None else not is_number:
+                wanted = "a float" if dtype is None else jnp.dtype(dtype).name
+                raise TypeError(
+                    f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, "
+                    f"but this optimizer stores {wanted} ({name}_dtype). {_NO_CASTS}"
+                )
+
+
+_NO_CASTS = (
+    "A stored number is not what it stands for, so that a cast changes it: use "
+    "adamax_jax.convert_state, or insert_state into what init returns."
+)
+
+
 def check_complex(path: Any, dtype: Any, m_dtype: Any) -> None:
     """Refuses an m_dtype that has no complex counterpart for a complex leaf."""
     if m_dtype not in _COMPLEX_PARTS:
@@ -135,6 +212,31 @@ def check_complex(path: Any, dtype: Any, m_dtype: Any) -> None:
             f"stored in {m_dtype.name}: use None, float32 or float64, or leave it "
             "to another optimizer with optax.partition."
         )
+
+
+def check_mask(mask: Any) -> None:
+    """Refuses what is no tree of booleans."""
+    hint = (
+        " Inside optax.inject_hyperparams, which takes a function for a schedule, pass "
+        'that static_args="mask".'
+    )
+    if mask is None:
+        raise TypeError(
+            "The mask function returned None: it must return a tree of booleans."
+        )
+    if mask is False:
+        raise ValueError(
+            f"mask is False: no parameter would decay. Give a tree of booleans.{hint}"
+        )
+    for path, flag in jax.tree.leaves_with_path(mask):
+        is_flag = isinstance(flag, bool | np.bool_)
+        if not is_flag and not (
+            isinstance(flag, np.ndarray) and flag.shape == () and flag.dtype == bool
+        ):
+            raise TypeError(
+                f"mask must be a tree of booleans, got {flag!r} at {name_of(path)}."
+                f"{hint}"
+            )
 
 
 def check_gradients(updates: Any, m: Any) -> None:

@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamax_jax._checks import check_finite, check_shapes
+from adamax_jax._checks import (
+    check_finite,
+    check_mask,
+    check_scalar,
+    check_shapes,
+)
 from adamax_jax._complex import dtype_like
 from adamax_jax._leaves import leaves_beside
 from adamax_jax._storage import arithmetic_dtype
@@ -44,7 +49,7 @@ def decayed_weights(
             )
         check_shapes(updates, params)
         gradients = leaves_beside(updates, params)
-        decays = _leaves_of_prefix(mask(params) if callable(mask) else mask, params)
+        decays = _which_decay(mask, params)
         weights: Any = [
             jnp.asarray(p) if g is not None and is_decayed else None
             for g, p, is_decayed in zip(
@@ -63,10 +68,15 @@ def decayed_weights(
     return optax.GradientTransformation(scale.init, update_fn)
 
 
-def _leaves_of_prefix(mask, params):
+def _which_decay(mask, params):
     """A boolean for every parameter."""
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
+    # As in Optax: a container of booleans that can itself be called, as an Equinox
+    # module, is no function.
+    leaves = jax.tree.leaves(mask)
+    mask = mask(params) if leaves and all(map(callable, leaves)) else mask
+    check_mask(mask)
     flags, treedef = jax.tree.flatten(mask)
     subtrees = treedef.flatten_up_to(params)
     return [
@@ -92,7 +102,9 @@ def _scale(name, factor, sign):
     refused under strict promotion.
     """
     if callable(factor):
-        return optax.scale_by_schedule(lambda count: sign * factor(count))
+        return optax.scale_by_schedule(
+            lambda count: sign * check_scalar(name, factor(count))
+        )
     factor = check_finite(name, factor)
     return optax.stateless(
         lambda updates, params: jax.tree.map(

@@ -16,6 +16,8 @@ from adamax_jax._checks import (
     check_gradients,
     check_order,
     check_params,
+    check_rounding,
+    check_state,
 )
 from adamax_jax._complex import by_parts, cast
 from adamax_jax._descend import decayed_weights, descend
@@ -143,11 +145,12 @@ def scale_by_lp_adam(
     Raises:
       ValueError: If ``p`` is below 1, ``b1`` or ``b2`` is outside [0, 1), or ``eps`` is
         negative or not finite; by ``update``, if the gradients differ from the state in
-        tree structure or shape.
+        tree structure or shape; by ``init``, if a decay rate is 1 in the precision of
+        a parameter.
       TypeError: If a hyperparameter is not a number or a scalar array of at least 32
         bits; by ``init``, if a parameter is not floating-point or complex; by
-        ``update``, if a gradient is not, or if it is complex where the parameter is
-        real or the other way round.
+        ``update``, if a gradient is not, if it is complex where the parameter is real
+        or the other way round, or if the state is of another type.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -178,6 +181,7 @@ def scale_by_lp_adam(
 
     def init_fn(params):
         check_params(params, None)
+        check_rounding({"b1": b1, "b2": b2}, params)
         return ScaleByLpAdamState(
             count=jnp.zeros([], jnp.int32),
             m=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_m_dtype(x)), params),
@@ -186,6 +190,7 @@ def scale_by_lp_adam(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state(state, ScaleByLpAdamState)
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         c = cast(_coefficients(p, b1, b2, eps, jnp.asarray(count, float)), float)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adamax_jax._paths import ends_of, name_of
-from adamax_jax._shared import is_shared, spec_of_shared
+from adamax_jax._shared import Shape, is_shared, spec_of_shared
 
 _MOST_NAMED = 10
 
@@ -29,7 +30,7 @@ def zero_shardings(
     the same; the compiler adds the one exchange that brings the updates together.
 
     They work for the state of any Optax optimizer. An array that belongs to a parameter
-    (the shape is the same, and the paths in the two trees end alike) is divided over
+    (the shape is the same, and no other path ends more alike) is divided over
     ``mesh`` as the parameter is and over ``axis`` in addition, unless it is already
     (FSDP). The axis goes to the first dimension that it divides, preferably one that is
     not divided yet. An array that differs only in axes of size 1, as AdaMax's shared u,
@@ -92,11 +93,11 @@ def zero_shardings(
             f"axis must be the name of one of the mesh's axes {mesh.axis_names}, got "
             f"{axis!r}."
         )
-    own = _specs_by_end(params, mesh)
+    parameters = _parameters_by_end(params, mesh)
     undivided = []
 
     def shard(path, leaf):
-        shape, spec = _parameter_of(path, leaf.shape, own)
+        _, shape, spec = _parameter_of(path, leaf.shape, parameters)
         spread = _spread(shape, spec, mesh, axis)
         if spread is None:
             if leaf.size > 1:
@@ -111,32 +112,36 @@ def zero_shardings(
     return shardings
 
 
-def _specs_by_end(params, mesh):
-    """How parameters are divided, by each end of their path and their shape.
+class _Parameter(NamedTuple):
+    path: Any
+    shape: Shape
+    spec: PartitionSpec
 
-    The longest end that a path in the state shares with one in here tells whose it is:
-    usually all of it, but optax.lookahead keeps the parameters twice, and state once.
-    """
-    specs = {}
+
+def _parameters_by_end(params, mesh):
+    """The parameters under each end of their paths."""
+    by_end: dict[Any, list[_Parameter]] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
-        spec = _own_spec(path, leaf, mesh)
+        parameter = _Parameter(path, jnp.shape(leaf), _own_spec(path, leaf, mesh))
         # The empty end of a path is that of every other, too: not a name, unless the
         # parameter is the whole tree.
         for end in ends_of(path)[: max(1, len(path))]:
-            specs.setdefault((end, jnp.shape(leaf)), spec)
-    return specs
+            by_end.setdefault(end, []).append(parameter)
+    return by_end
 
 
-def _parameter_of(path, shape, own):
-    """The shape and the spec of the parameter that an array of the state belongs to."""
-    ends = ends_of(path)
-    for end in ends:
-        if (end, shape) in own:
-            return shape, own[end, shape]
-    for (end, other), spec in own.items():
-        if end in ends and len(shape) > 1 and is_shared(shape, other):
-            return other, spec
-    return shape, PartitionSpec()
+def _parameter_of(path, shape, by_end):
+    """The parameter that an array of the state belongs to, or one like the array.
+
+    The longest end that the two paths share tells, and of several parameters with this
+    end the one that has no longer path: usually the end is all of it, but
+    optax.lookahead keeps the parameters twice, and state once.
+    """
+    for end in ends_of(path):
+        fitting = [p for p in by_end.get(end, []) if is_shared(shape, p.shape)]
+        if fitting:
+            return min(fitting, key=lambda p: (len(p.path), p.shape != shape))
+    return _Parameter(path, shape, PartitionSpec())
 
 
 def _own_spec(path, leaf, mesh):

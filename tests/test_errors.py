@@ -1,5 +1,9 @@
 """Bad input gets an error that names what is wrong, and where."""
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +11,15 @@ import optax
 import pytest
 from sequences import STORAGES
 
-from adamax_jax import adamax, adamaxw, convert_state, scale_by_adamax
+from adamax_jax import (
+    adamax,
+    adamaxw,
+    convert_state,
+    lp_adam,
+    lp_adamw,
+    scale_by_adamax,
+    scale_by_lp_adam,
+)
 
 FACTORIES = [scale_by_adamax, adamax, adamaxw]
 NUMBERS = [float, np.float32, np.float64, np.array]
@@ -219,3 +231,202 @@ def test_weight_decay_needs_parameters():
     optimizer = adamaxw()
     with pytest.raises(ValueError, match=r"needs the parameters"):
         optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(1)))
+
+
+# A state must be the one that the optimizer's own settings make.
+CASES_OF_CASTS = [
+    # What a policy or a restore does to all floats.
+    ({}, lambda s: cast_floats(s, jnp.bfloat16), "u_scale has dtype bfloat16"),
+    ({}, lambda s: cast_floats(s, jnp.float16), "u_scale has dtype float16"),
+    # What lax.pmean does to codes.
+    (
+        STORAGES["two bytes"],
+        lambda s: s._replace(m=s.m.astype(jnp.float32), u=s.u.astype(jnp.float32)),
+        "m at .* has dtype float32, but this optimizer stores int8",
+    ),
+    (
+        STORAGES["two bytes"],
+        lambda s: s._replace(u=s.u.astype(jnp.float32)),
+        "u at .* has dtype float32, but this optimizer stores uint8",
+    ),
+    # A state of another optimizer.
+    (
+        STORAGES["two bytes"],
+        lambda s: scale_by_adamax().init(jnp.ones(3)),
+        "m at .* has dtype float32, but this optimizer stores int8",
+    ),
+    (
+        STORAGES["bfloat16"],
+        lambda s: s._replace(u=s.u.astype(jnp.float32)),
+        "u at .* has dtype float32, but this optimizer stores bfloat16",
+    ),
+    (
+        {},
+        lambda s: scale_by_adamax(**STORAGES["two bytes"]).init(jnp.ones(3)),
+        "m at .* has dtype int8, but this optimizer stores a float",
+    ),
+]
+
+
+def cast_floats(tree, dtype):
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(("storage", "change", "message"), CASES_OF_CASTS)
+def test_states_that_were_cast(storage, change, message, jit):
+    """The error says what the state has, what is wanted, and what does it."""
+    optimizer = scale_by_adamax(**storage)
+    state = change(optimizer.init(jnp.ones(3)))
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    with pytest.raises(TypeError, match=message) as error:
+        update(jnp.ones(3), state)
+    assert "convert_state" in str(error.value)
+    assert "insert_state" in str(error.value)
+
+
+def test_a_bfloat16_state_cast_leaf_by_leaf():
+    """Its u is divided by u_scale: widened, it would be off by that."""
+    wide = scale_by_adamax(m_dtype="float32", u_dtype="float32")
+    narrow = scale_by_adamax(**STORAGES["bfloat16"])
+    _, state = narrow.update(jnp.ones(3), narrow.init(jnp.ones(3)))
+    with pytest.raises(TypeError, match=r"m at .* bfloat16, but .* stores float32"):
+        wide.update(jnp.ones(3), state)
+    wide.update(jnp.ones(3), convert_state(state, m_dtype="float32", u_dtype="float32"))
+
+
+@pytest.mark.parametrize("storage", [{}, STORAGES["two bytes"]])
+def test_states_of_the_other_family(storage):
+    ours, theirs = scale_by_adamax(**storage), scale_by_lp_adam(p=3)
+    g = jnp.ones(3)
+    with pytest.raises(
+        TypeError, match=r"is a ScaleByAdamaxState, but .* ScaleByLpAdamState.*init"
+    ):
+        theirs.update(g, ours.init(g))
+    with pytest.raises(
+        TypeError, match=r"ScaleByLpAdamState, but .* ScaleByAdamaxState.*insert_state"
+    ):
+        ours.update(g, theirs.init(g))
+    with pytest.raises(TypeError, match="ScaleByAdamaxState"):
+        ours.update(g, optax.scale_by_adam().init(g))
+
+
+@pytest.mark.parametrize(
+    "factory", [scale_by_adamax, lambda **k: scale_by_lp_adam(2, **k)]
+)
+@pytest.mark.parametrize("rate", [0.99999999, np.nextafter(1.0, 0.0)])
+@pytest.mark.parametrize("name", ["b1", "b2"])
+def test_decay_rates_that_are_1_in_float32(x64, factory, name, rate):
+    """Nothing would ever be forgotten; in float64 it is."""
+    optimizer = factory(**{name: rate})
+    with pytest.raises(ValueError, match=rf"{name}=0.99.* is 1 in float32.*float64"):
+        optimizer.init(jnp.ones(2, jnp.float32))
+    with pytest.raises(ValueError, match=f"{name}=0.99.* is 1 in float32"):
+        optimizer.init([jnp.ones(2, jnp.float64), jnp.ones(2, jnp.bfloat16)])
+    optimizer.init(jnp.ones(2, jnp.float64))
+    factory(**{name: 0.99999994}).init(jnp.ones(2, jnp.float32))
+
+
+@pytest.mark.parametrize("factory", [adamax, functools.partial(lp_adam, p=2.0)])
+def test_hyperparameters_injected_into_complex_parameters(factory):
+    params = jnp.ones(2, jnp.complex64)
+    with pytest.raises(TypeError, match=r"complex.*hyperparam_dtype=jnp\.float32"):
+        optax.inject_hyperparams(factory)(1e-2).init(params)
+    inject = optax.inject_hyperparams(factory, hyperparam_dtype=jnp.float32)
+    update, _ = inject(1e-2).update(params, inject(1e-2).init(params))
+    np.testing.assert_allclose(update, [-1e-2, -1e-2], rtol=1e-6)
+
+
+DECAYED = [adamaxw, functools.partial(lp_adamw, p=2.0)]
+
+
+@pytest.mark.parametrize("factory", DECAYED)
+def test_mask_functions_under_inject_hyperparams(factory):
+    """They are taken for a schedule of the mask, which is refused with the cure."""
+    params = {"w": jnp.ones([2, 2]), "b": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def mask(tree):
+        return jax.tree.map(lambda p: jnp.ndim(p) > 1, tree)
+
+    options = {"learning_rate": 1.0, "weight_decay": 0.5, "mask": mask}
+    with pytest.raises((TypeError, ValueError), match='static_args="mask"'):
+        optimizer = optax.inject_hyperparams(factory)(**options)
+        optimizer.update(zeros, optimizer.init(params), params)
+    optimizer = optax.inject_hyperparams(factory, static_args="mask")(**options)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.5)
+    np.testing.assert_array_equal(updates["b"], 0)
+
+
+@pytest.mark.parametrize("factory", DECAYED)
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (lambda params: None, TypeError, "returned None: .* tree of booleans"),
+        ({"a": 1.0, "b": True}, TypeError, r"tree of booleans, got 1.0 at \['a'\]"),
+        (jnp.array(True), TypeError, "tree of booleans, got .*root"),
+    ],
+)
+def test_masks_that_are_no_booleans(factory, mask, error, message):
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    optimizer = factory(learning_rate=1.0, mask=mask)
+    with pytest.raises(error, match=message):
+        optimizer.update(params, optimizer.init(params), params)
+
+
+@pytest.mark.parametrize("factory", DECAYED)
+def test_a_mask_whose_container_can_be_called(factory):
+    """Its leaves are booleans: it is no function."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Module:
+        w: Any
+        b: Any
+
+        def __call__(self, x):
+            raise AssertionError("the mask was called")
+
+    params = Module(jnp.ones(2), jnp.ones(2))
+    optimizer = factory(learning_rate=1.0, weight_decay=0.5, mask=Module(True, False))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates.w, -0.5)
+    np.testing.assert_array_equal(updates.b, 0)
+
+
+@pytest.mark.parametrize("factory", DECAYED)
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_schedules_that_return_several_numbers(factory, name):
+    """They would broadcast the update."""
+    options = {"learning_rate": 1.0} | {name: lambda count: jnp.ones(2)}
+    optimizer = factory(**options)
+    params = jnp.ones([1])
+    with pytest.raises(ValueError, match=rf"{name} must be a scalar.*shape \(2,\)"):
+        optimizer.update(params, optimizer.init(params), params)
+
+
+def test_containers_that_look_at_their_fields():
+    """Nothing but arrays is put into them."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Layer:
+        w: Any
+
+        def __post_init__(self):
+            assert self.w.ndim == 2
+
+    params = Layer(jnp.ones([2, 2]))
+    for optimizer in (
+        adamax(0.1),
+        adamaxw(0.1, mask=True),
+        adamax(0.1, **STORAGES["two bytes"], shared_axes=-1),
+        lp_adam(0.1, p=3),
+        lp_adamw(0.1, p=3),
+    ):
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        np.testing.assert_allclose(updates.w, -0.1, rtol=1e-2)

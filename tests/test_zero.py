@@ -1,5 +1,6 @@
 """ZeRO-1: shardings of the state, the bytes they save and what they cost."""
 
+import collections
 import functools
 import re
 import warnings
@@ -109,6 +110,51 @@ def check_specs_that_are_found_in_other_ways():
         adamax(), abstract(8, 16, sharding=sharding), mesh, "data"
     )
     assert specs(shardings)[0].m == P("data", "model")
+
+
+def check_the_longest_end_of_a_path_decides():
+    """Whatever the order of the parameters, and for every part of the state."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AUTO, AUTO))
+
+    def parameter(*spec):
+        return abstract(16, 16, sharding=NamedSharding(mesh, P(*spec)))
+
+    def states(params, **options):
+        """The specs of the state, for either order of the parameters."""
+        chained = optax.chain(optax.trace(0.9), adamax(**options))
+        for names in (list(params), list(params)[::-1]):
+            ordered = {name: params[name] for name in names}
+            # A container that keeps its order: JAX sorts a dict.
+            for kind in (dict, collections.OrderedDict):
+                shardings = zero_shardings(chained, kind(ordered), mesh, "data")
+                trace, (state, *_) = specs(shardings)
+                yield dict(trace.trace), dict(state.m), dict(state.u)
+
+    kernels = {
+        "a": {"kernel": parameter(None, "model")},
+        "b": {"kernel": parameter("model", None)},
+    }
+    whole = {
+        "a": {"kernel": P("data", "model")},
+        "b": {"kernel": P("model", "data")},
+    }
+    for trace, m, u in states(kernels, shared_axes=-1):
+        assert trace == m == whole
+        # u has size 1 along the last axis.
+        assert u == {"a": {"kernel": P("data")}, "b": {"kernel": P("model")}}
+    for trace, m, u in states(kernels, shared_axes=0):
+        assert trace == m == whole
+        assert u == {
+            "a": {"kernel": P(None, "model")},
+            "b": {"kernel": P(None, "data")},
+        }
+    nested = {
+        "a": {"w": parameter("model", None)},
+        "w": parameter(None, "model"),
+    }
+    for trace, m, u in states(nested):
+        assert trace == m == u
+        assert m == {"a": {"w": P("model", "data")}, "w": P("data", "model")}
 
 
 def check_a_state_that_exists():
@@ -376,6 +422,7 @@ CHECKS = eight_devices.named(
     check_which_dimension_is_divided,
     check_the_parameters_own_sharding_is_kept,
     check_specs_that_are_found_in_other_ways,
+    check_the_longest_end_of_a_path_decides,
     check_a_state_that_exists,
     check_any_optax_state,
     check_what_cannot_be_divided_is_reported,
