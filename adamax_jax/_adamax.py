@@ -66,6 +66,10 @@ class ScaleByAdamaxState(NamedTuple):
     u_scale: jax.Array
 
 
+# A pickle names this place, whatever file the class moves to.
+ScaleByAdamaxState.__module__ = "adamax_jax"
+
+
 def scale_by_adamax(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -388,7 +392,7 @@ def adamaxw(
     Raises:
       ValueError, TypeError: As :func:`adamax`; ValueError also by ``update`` without
         parameters, or with parameters of another shape than the gradients; both if
-        ``mask`` is not a tree of booleans, or False for all.
+        ``mask`` is not a tree of booleans like the parameters, or is just False.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from adamax_jax._complex import dtype_like
 from adamax_jax._paths import is_inside, name_of
-from adamax_jax._storage import arithmetic_dtype, is_ratio
+from adamax_jax._storage import arithmetic_dtype, is_ratio, is_wide
 
 _COMPLEX_PARTS = (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
 
@@ -180,8 +181,12 @@ def check_storage(state: Any, m_dtype: Any, u_dtype: Any) -> None:
             f"as it should, instead of float32. {_NO_CASTS}"
         )
     checked = set()
-    u_leaves = jax.tree.leaves(state.u)
-    for (path, m), u in zip(jax.tree.leaves_with_path(state.m), u_leaves, strict=True):
+    m_leaves, u_leaves = jax.tree.leaves_with_path(state.m), jax.tree.leaves(state.u)
+    if len(m_leaves) != len(u_leaves):
+        raise ValueError(
+            f"The state has {len(m_leaves)} arrays in m but {len(u_leaves)} in u."
+        )
+    for (path, m), u in zip(m_leaves, u_leaves, strict=True):
         if (m.dtype, u.dtype) in checked:
             continue
         checked.add((m.dtype, u.dtype))
@@ -196,6 +201,16 @@ def check_storage(state: Any, m_dtype: Any, u_dtype: Any) -> None:
                     f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, "
                     f"but this optimizer stores {wanted} ({name}_dtype). {_NO_CASTS}"
                 )
+
+
+def check_wide(state: Any) -> None:
+    """Refuses a u of the L^p family that was cast: it would drift."""
+    for path, u in jax.tree.leaves_with_path(state.u):
+        if not jnp.issubdtype(u.dtype, jnp.floating) or not is_wide(u.dtype):
+            raise TypeError(
+                f"The state's u at {name_of(path)} has dtype {u.dtype}, in which it "
+                "would drift, instead of float32 or float64: cast it back."
+            )
 
 
 _NO_CASTS = (
@@ -214,8 +229,8 @@ def check_complex(path: Any, dtype: Any, m_dtype: Any) -> None:
         )
 
 
-def check_mask(mask: Any) -> None:
-    """Refuses what is no tree of booleans."""
+def check_mask(mask: Any, params: Any) -> None:
+    """Refuses what is not a tree of booleans like the parameters, or a prefix of it."""
     hint = (
         " Inside optax.inject_hyperparams, which takes a function for a schedule, pass "
         'that static_args="mask".'
@@ -224,19 +239,23 @@ def check_mask(mask: Any) -> None:
         raise TypeError(
             "The mask function returned None: it must return a tree of booleans."
         )
-    if mask is False:
+    if isinstance(mask, bool | np.bool_) and not mask:
         raise ValueError(
             f"mask is False: no parameter would decay. Give a tree of booleans.{hint}"
         )
     for path, flag in jax.tree.leaves_with_path(mask):
-        is_flag = isinstance(flag, bool | np.bool_)
-        if not is_flag and not (
-            isinstance(flag, np.ndarray) and flag.shape == () and flag.dtype == bool
-        ):
+        is_array = hasattr(flag, "dtype") and not isinstance(flag, Tracer)
+        if not (isinstance(flag, int) or is_array) or jnp.shape(flag) != ():
             raise TypeError(
                 f"mask must be a tree of booleans, got {flag!r} at {name_of(path)}."
                 f"{hint}"
             )
+    try:
+        jax.tree.structure(mask).flatten_up_to(params)
+    except ValueError as error:
+        raise ValueError(
+            f"mask must have the structure of the parameters or a prefix of it: {error}"
+        ) from error
 
 
 def check_gradients(updates: Any, m: Any) -> None:

@@ -76,7 +76,7 @@ def _which_decay(mask, params):
     # module, is no function.
     leaves = jax.tree.leaves(mask)
     mask = mask(params) if leaves and all(map(callable, leaves)) else mask
-    check_mask(mask)
+    check_mask(mask, params)
     flags, treedef = jax.tree.flatten(mask)
     subtrees = treedef.flatten_up_to(params)
     return [

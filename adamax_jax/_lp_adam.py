@@ -18,6 +18,7 @@ from adamax_jax._checks import (
     check_params,
     check_rounding,
     check_state,
+    check_wide,
 )
 from adamax_jax._complex import by_parts, cast
 from adamax_jax._descend import decayed_weights, descend
@@ -56,6 +57,10 @@ class ScaleByLpAdamState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     m: optax.Updates
     u: optax.Updates
+
+
+# A pickle names this place, whatever file the class moves to.
+ScaleByLpAdamState.__module__ = "adamax_jax"
 
 
 def scale_by_lp_adam(
@@ -191,6 +196,7 @@ def scale_by_lp_adam(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_state(state, ScaleByLpAdamState)
+        check_wide(state)
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         c = cast(_coefficients(p, b1, b2, eps, jnp.asarray(count, float)), float)

@@ -312,6 +312,25 @@ def test_state_can_be_pickled(storage):
     chex.assert_trees_all_equal(optimizer.update(params, restored, params), continued)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "name", "old_module"),
+    [
+        (scale_by_adamax(), "ScaleByAdamaxState", "adamax_jax._transform"),
+        (adamax_jax.scale_by_lp_adam(p=3), "ScaleByLpAdamState", "adamax_jax._lp"),
+    ],
+)
+def test_pickles_name_the_package_and_old_ones_load(optimizer, name, old_module):
+    """Before the package was reorganised, they named the file of the class."""
+    state = optimizer.init(tree())
+    pickled = pickle.dumps(state, protocol=0)
+    here = f"cadamax_jax\n{name}\n".encode()
+    assert here in pickled
+    old = pickled.replace(here, f"c{old_module}\n{name}\n".encode())
+    restored = pickle.loads(old)
+    assert type(restored) is type(state)
+    chex.assert_trees_all_equal(restored, state)
+
+
 def test_map_params_finds_m_and_u():
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     optimizer = adamax()

@@ -367,7 +367,10 @@ def test_mask_functions_under_inject_hyperparams(factory):
     [
         (lambda params: None, TypeError, "returned None: .* tree of booleans"),
         ({"a": 1.0, "b": True}, TypeError, r"tree of booleans, got 1.0 at \['a'\]"),
-        (jnp.array(True), TypeError, "tree of booleans, got .*root"),
+        (jnp.ones(2, bool), TypeError, "tree of booleans, got .*root"),
+        ({"a": True}, ValueError, "mask must have the structure of the parameters"),
+        (False, ValueError, "mask is False: no parameter would decay"),
+        (np.False_, ValueError, "mask is False: no parameter would decay"),
     ],
 )
 def test_masks_that_are_no_booleans(factory, mask, error, message):
@@ -375,6 +378,52 @@ def test_masks_that_are_no_booleans(factory, mask, error, message):
     optimizer = factory(learning_rate=1.0, mask=mask)
     with pytest.raises(error, match=message):
         optimizer.update(params, optimizer.init(params), params)
+
+
+@pytest.mark.parametrize("yes", [True, np.True_, np.array(True), jnp.array(True), 1])
+@pytest.mark.parametrize("factory", DECAYED)
+def test_masks_of_whatever_has_a_truth(factory, yes):
+    """As in Optax."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    mask = {"a": yes, "b": not yes}
+    optimizer = factory(learning_rate=1.0, weight_decay=0.5, mask=mask)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["a"], -0.5)
+    np.testing.assert_array_equal(updates["b"], 0)
+
+
+@pytest.mark.parametrize("factory", DECAYED)
+def test_a_mask_that_is_traced(factory):
+    """Which parameters decay is known before compiling."""
+    params = {"a": jnp.ones(2)}
+
+    @jax.jit
+    def update(flag):
+        optimizer = factory(learning_rate=1.0, mask={"a": flag})
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    with pytest.raises(TypeError, match=r"tree of booleans, got .*\['a'\]"):
+        update(True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
+def test_a_norm_of_the_family_that_was_cast(dtype):
+    optimizer = lp_adam(0.1, p=3)
+    params = {"a": jnp.ones(2)}
+    state = optimizer.init(params)
+    cast = state[0]._replace(u=jax.tree.map(lambda u: u.astype(dtype), state[0].u))
+    with pytest.raises(TypeError, match=r"u at \['a'\] has dtype .*float32"):
+        optimizer.update(params, (cast, state[1]), params)
+
+
+def test_a_state_that_lacks_a_norm():
+    optimizer = adamax(0.1)
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    state = optimizer.init(params)
+    broken = state[0]._replace(u={"a": state[0].u["a"]})
+    with pytest.raises(ValueError, match="2 arrays in m but 1 in u"):
+        optimizer.update(params, (broken, state[1]), params)
 
 
 @pytest.mark.parametrize("factory", DECAYED)
