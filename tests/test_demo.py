@@ -68,18 +68,36 @@ def test_training_is_real(training):
     assert adamax["state_bytes"] == 8 * PARAMETERS + COUNT_AND_SCALE
 
 
+def cells_of(line):
+    """The cells of a line of a Markdown table."""
+    assert line.startswith("|") and line.endswith("|")
+    return [cell.strip() for cell in line[1:-1].split("|")]
+
+
 def test_table_caption_figure_and_progress(training):
     folder, results, output, progress = training
-    header, *rows = output.strip().splitlines()[:3]
-    columns = "optimizer learning rate training cost test accuracy state bytes seconds"
-    assert header.split() == columns.split()
+    table = [cells_of(line) for line in output.strip().splitlines()[:4]]
+    header, rule, *rows = table
+    assert header == [
+        "optimizer",
+        "learning rate",
+        "training cost",
+        "test accuracy",
+        "state bytes",
+        "seconds",
+    ]
+    assert all(set(cell) <= set("-:") for cell in rule)
     for row, run in zip(rows, results["runs"], strict=True):
-        assert row.startswith(demo.CONTENDERS[run["method"]].label)
-        assert f" {run['learning_rate']:g} {run['final_cost']:>13.4f} " in row
-        assert f" {run['test_accuracy']:.1f}% {run['state_bytes']:>11,} " in row
+        assert row[:5] == [
+            demo.CONTENDERS[run["method"]].label,
+            f"{run['learning_rate']:g}",
+            f"{run['final_cost']:.4f}",
+            f"{run['test_accuracy']:.1f}%",
+            f"{run['state_bytes']:,}",
+        ]
     last = f"over the last {demo.FINAL_PASSES} of {EPOCHS} passes; seed {SEED}; jax"
     assert last in output
-    assert "  best" not in output
+    assert "| best" not in output
     lines = progress.splitlines()
     for line, run in zip(lines, results["runs"], strict=True):
         label = demo.CONTENDERS[run["method"]].label
@@ -96,9 +114,9 @@ def test_a_sweep_draws_its_best_and_trains_as_before(training, tmp_path):
     expected = [RATE * 2.0**k for k in range(-3, 4)]
     # They are rounded to four digits.
     assert list(runs) == pytest.approx(expected, rel=1e-3)
-    assert output.count("\nAdaMax  ") == len(expected)
+    assert output.count("\n| AdaMax  ") == len(expected)
     best = min(runs.values(), key=lambda run: run["final_cost"])
-    (marked,) = re.findall(r"^AdaMax +(\S+) .*  best$", output, re.MULTILINE)
+    (marked,) = re.findall(r"^\| AdaMax +\| +(\S+) .*\| best \|$", output, re.MULTILINE)
     assert marked == f"{best['learning_rate']:g}"
     # Matplotlib names in comments what it writes.
     drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
@@ -135,7 +153,7 @@ def test_a_sweep_has_one_best_per_optimizer():
     ]
     options = argparse.Namespace(sweep=True, epochs=2, seed=0)
     text = demo._text(runs, options)
-    marked = re.findall(r"^(.{12}) +(\S+) .*  best$", text, re.MULTILINE)
+    marked = re.findall(r"^\| (.{12}) \| +(\S+) .*\| best \|$", text, re.MULTILINE)
     assert [(label.strip(), rate) for label, rate in marked] == [
         ("SGD Nesterov", "0.2"),
         ("AdaMax", "0.1"),

@@ -170,16 +170,19 @@ def _best(runs, epochs):
 def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     best = _best(runs, options.epochs)
     lines = [
-        f"{'optimizer':<12} {'learning rate':>13} {'training cost':>13} "
-        f"{'test accuracy':>13} {'state bytes':>11} {'seconds':>7}"
+        f"| {'optimizer':<12} | {'learning rate':>13} | {'training cost':>13} "
+        f"| {'test accuracy':>13} | {'state bytes':>11} | {'seconds':>7} |",
+        f"|{'-' * 14}|{'-' * 14}:|{'-' * 14}:|{'-' * 14}:|{'-' * 12}:|{'-' * 8}:|",
     ]
+    if options.sweep:
+        lines = [lines[0] + "      |", lines[1] + "------|"]
     for run in runs:
         _, accuracy = run.metrics
-        mark = "  best" if options.sweep and best[run.method] is run else ""
+        mark = " best |" if options.sweep and best[run.method] is run else ""
         lines.append(
-            f"{CONTENDERS[run.method].label:<12} {run.learning_rate:>13g} "
-            f"{final_cost(run, options.epochs):>13.4f} {accuracy:>12.1f}% "
-            f"{run.state_bytes:>11,} {run.seconds:>7.1f}{mark}"
+            f"| {CONTENDERS[run.method].label:<12} | {run.learning_rate:>13g} "
+            f"| {final_cost(run, options.epochs):>13.4f} | {accuracy:>12.1f}% "
+            f"| {run.state_bytes:>11,} | {run.seconds:>7.1f} |{mark}"
         )
     return "\n".join(lines) + (
         "\n\nTraining cost: mean cross-entropy with dropout, in nats, over the last "
