@@ -77,13 +77,7 @@ def _which_decay(mask, params):
     leaves = jax.tree.leaves(mask)
     mask = mask(params) if leaves and all(map(callable, leaves)) else mask
     check_mask(mask, params)
-    flags, treedef = jax.tree.flatten(mask)
-    subtrees = treedef.flatten_up_to(params)
-    return [
-        flag
-        for flag, subtree in zip(flags, subtrees, strict=True)
-        for _ in jax.tree.leaves(subtree)
-    ]
+    return leaves_beside(mask, params)
 
 
 def _add(g, d):

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from adamax_jax._storage import is_wide
 
 
-def leaves_beside(updates: Any, tree: Any) -> list[Any]:
-    """A gradient for every leaf of a tree, None where there is none.
+def leaves_beside(prefix: Any, tree: Any) -> list[Any]:
+    """What a prefix of a tree, such as gradients or a mask, has for each of its leaves.
 
-    One None in the gradients may stand for a whole subtree.
+    A leaf of it may stand for a whole subtree; None in the gradients is a leaf.
     """
-    gradients, treedef = jax.tree.flatten(updates, is_leaf=lambda g: g is None)
+    leaves, treedef = jax.tree.flatten(prefix, is_leaf=lambda leaf: leaf is None)
     return [
-        g
-        for g, subtree in zip(gradients, treedef.flatten_up_to(tree), strict=True)
+        leaf
+        for leaf, subtree in zip(leaves, treedef.flatten_up_to(tree), strict=True)
         for _ in jax.tree.leaves(subtree)
     ]
 
