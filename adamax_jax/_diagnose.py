@@ -1,15 +1,18 @@
 """What the state says about training: figures for each parameter and for all."""
 
-import math
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from adamax_jax._checks import check_eps
+from adamax_jax._complex import cast
 from adamax_jax._paths import name_of
 from adamax_jax._state import find_states, scale_of
 from adamax_jax._storage import as_stored, is_saturated, read
@@ -18,32 +21,54 @@ from adamax_jax._storage import as_stored, is_saturated, read
 _STALE = 1e-3
 
 
-class Diagnosis(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["total", "table"],
+    meta_fields=["names"],
+)
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
     """Figures of an optimizer's state; printed, a table.
 
     Attributes:
       total: The figures over all parameters: a dictionary of float32 scalars.
-      leaves: The same for each parameter, under its path in the tree.
+      table: The same for each parameter: a dictionary of float32 arrays [parameters].
+        One array of them compiles in a fraction of the time that as many scalars take.
+      names: The paths of the parameters in the tree, in the order of ``table``.
     """
 
     total: dict[str, jax.Array]
-    leaves: dict[str, dict[str, jax.Array]]
+    table: dict[str, jax.Array]
+    names: tuple[str, ...]
+
+    @property
+    def leaves(self) -> dict[str, dict[str, jax.Array]]:
+        """The figures of each parameter, as ``total``, under its path."""
+        return {
+            name: {figure: column[..., i] for figure, column in self.table.items()}
+            for i, name in enumerate(self.names)
+        }
 
     def __str__(self) -> str:
-        rows = {"total": self.total, **self.leaves}
-        width = max(map(len, rows))
-        header = "".join(f"{name:>{_width(name)}}" for name in _COLUMNS)
-        lines = [
-            "".join(
-                f"{_cell(figures[name], form):>{_width(name)}}"
-                for name, form in _COLUMNS.items()
-            )
-            for figures in rows.values()
+        names = ["", "total", *self.names]
+        width = max(map(len, names))
+        columns = [
+            [f"{cell:>{_width(name)}}" for cell in (name, *self._cells(name))]
+            for name in _FORMATS
         ]
-        names = [" " * width, *(name.ljust(width) for name in rows)]
+        rows = zip(*columns, strict=True)
         return "\n".join(
-            name + line for name, line in zip(names, [header, *lines], strict=True)
+            name.ljust(width) + "".join(row)
+            for name, row in zip(names, rows, strict=True)
         )
+
+    def _cells(self, name):
+        total, column = self.total[name], self.table[name]
+        # What is traced, abstract or of many steps is no number.
+        if isinstance(total, Tracer | jax.ShapeDtypeStruct) or total.ndim > 0:
+            return ["-"] * (1 + len(self.names))
+        numbers = [total, *np.asarray(column)]
+        return [format(float(number), _FORMATS[name]) for number in numbers]
 
 
 def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
@@ -94,7 +119,7 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       A :class:`Diagnosis`. Its paths are those of errors, of ``jax.tree_util.keystr``;
       where the state holds several :class:`ScaleByAdamaxState`, as from
       ``optax.partition``, each begins with the path to its own. In ``jax.jit`` it is a
-      tree of scalars as any other; printed outside, it is a table.
+      tree of arrays as any other; printed outside, it is a table.
 
     Raises:
       ValueError: If there is no :class:`ScaleByAdamaxState` in the state, it is that of
@@ -117,35 +142,45 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
     found = find_states(state)
     if not found:
         raise ValueError("The state holds no ScaleByAdamaxState.")
-    sums = {}
+    names, rows = [], []
     for state_path, adamax_state in found:
         prefix = jax.tree_util.keystr(state_path) if len(found) > 1 else ""
         u_scale = scale_of(adamax_state)
         leaves = jax.tree.leaves_with_path(adamax_state.m)
         for (path, m), u in zip(leaves, jax.tree.leaves(adamax_state.u), strict=True):
-            name = prefix + jax.tree_util.keystr(path) or name_of(path)
-            sums[name] = _sums(m, u, u_scale, eps)
+            names.append(prefix + jax.tree_util.keystr(path) or name_of(path))
+            rows.append(_row(m, u, u_scale, eps))
+    rows = cast(rows, jnp.result_type(float, *rows))
+    table = jnp.asarray(rows).reshape([len(rows), len(_Sums._fields)])
+    columns = _Sums(*table.T)
     return Diagnosis(
-        total=_figures(_over_all(sums.values())),
-        leaves={name: _figures(leaf) for name, leaf in sums.items()},
+        total=_figures(_over_all(columns)),
+        table=_figures(columns),
+        names=tuple(names),
     )
 
 
 class _Sums(NamedTuple):
-    """What can be put together over parameters: float32 scalars; these of none."""
+    """What can be put together over parameters: a number, or a column of them."""
 
-    size: ArrayLike = 0.0
-    squares: ArrayLike = 0.0
-    seen: ArrayLike = 0.0
-    stale: ArrayLike = 0.0
-    saturated: ArrayLike = 0.0
-    largest: ArrayLike = 0.0
-    log_u_max: ArrayLike = -math.inf
-    log_u_min: ArrayLike = math.inf
+    size: jax.Array
+    squares: jax.Array
+    seen: jax.Array
+    stale: jax.Array
+    saturated: jax.Array
+    largest: jax.Array
+    largest_u: jax.Array
+    # Where none was seen, the largest number.
+    smallest_u: jax.Array
 
 
 @jax.jit
-def _sums(stored_m, stored_u, u_scale, eps):
+def _row(stored_m, stored_u, u_scale, eps):
+    """The sums of one parameter: an array of eight numbers.
+
+    What is computed of them is computed of a table of all: XLA takes far longer to
+    compile many operations on scalars.
+    """
     m, u = read(stored_m, stored_u, u_scale)
     m = jnp.abs(m).astype(u.dtype)
     ratio = jnp.where(u == 0, 0, m / jnp.where(u == 0, 1, u))
@@ -160,46 +195,56 @@ def _sums(stored_m, stored_u, u_scale, eps):
     def count(where):
         return jnp.sum(where, dtype=jnp.float32)
 
-    def log10(x):
-        return jnp.log10(x).astype(jnp.float32)
-
-    return _Sums(
-        size=jnp.asarray(m.size, jnp.float32),
+    sums = _Sums(
+        size=jnp.full([], m.size, jnp.float32),
         squares=jnp.sum(jnp.square(ratio), dtype=jnp.float32),
         seen=count(seen),
         stale=count(seen & (m < _STALE * u)),
         saturated=count(seen & saturated),
-        largest=jnp.max(ratio, initial=0).astype(jnp.float32),
-        log_u_max=log10(jnp.max(jnp.where(seen, u, 0), initial=0)),
-        log_u_min=log10(jnp.min(jnp.where(seen, u, jnp.inf), initial=jnp.inf)),
+        largest=jnp.max(ratio, initial=0),
+        largest_u=jnp.max(jnp.where(seen, u, 0), initial=0),
+        smallest_u=jnp.min(jnp.where(seen, u, _largest(u)), initial=_largest(u)),
     )
+    return jnp.stack(cast(sums, u.dtype))
 
 
-def _over_all(sums):
-    columns = _Sums(*(jnp.asarray(c) for c in zip(_Sums(), *sums, strict=True)))
+def _largest(x):
+    """The largest number of a dtype: not infinity, which jax.debug_infs reports."""
+    return float(jnp.finfo(x.dtype).max)
+
+
+def _over_all(columns):
     return _Sums(
-        *(jnp.sum(column) for column in columns[:-3]),
-        largest=jnp.max(columns.largest),
-        log_u_max=jnp.max(columns.log_u_max),
-        log_u_min=jnp.min(columns.log_u_min),
+        size=jnp.sum(columns.size),
+        squares=jnp.sum(columns.squares),
+        seen=jnp.sum(columns.seen),
+        stale=jnp.sum(columns.stale),
+        saturated=jnp.sum(columns.saturated),
+        largest=jnp.max(columns.largest, initial=0),
+        largest_u=jnp.max(columns.largest_u, initial=0),
+        smallest_u=jnp.min(columns.smallest_u, initial=_largest(columns.smallest_u)),
     )
 
 
 def _figures(sums):
     size = jnp.maximum(sums.size, 1)
+    any_seen = sums.seen > 0
+    log_of_largest = jnp.log10(jnp.where(any_seen, sums.largest_u, 1))
+    log_of_smallest = jnp.log10(jnp.where(any_seen, sums.smallest_u, 1))
     # Equal numbers may differ in the last bit of their logarithms.
-    decades = jnp.maximum(sums.log_u_max - sums.log_u_min, 0)
-    return {
+    decades = jnp.maximum(log_of_largest - log_of_smallest, 0)
+    figures = {
         "rms": jnp.sqrt(sums.squares / size),
         "max": sums.largest,
         "unseen": (sums.size - sums.seen) / size,
         "stale": sums.stale / jnp.maximum(sums.seen, 1),
-        "decades": jnp.where(sums.seen == 0, 0, decades),
+        "decades": decades,
         "saturated": sums.saturated / size,
     }
+    return {name: figure.astype(jnp.float32) for name, figure in figures.items()}
 
 
-_COLUMNS = {
+_FORMATS = {
     "rms": ".3f",
     "max": ".3f",
     "unseen": ".3f",
@@ -211,9 +256,3 @@ _COLUMNS = {
 
 def _width(name):
     return 2 + max(len(name), 6)
-
-
-def _cell(figure, form):
-    is_number = not isinstance(figure, Tracer | jax.ShapeDtypeStruct)
-    # What is traced, abstract or of many members is no number.
-    return format(float(figure), form) if is_number and figure.ndim == 0 else "-"
