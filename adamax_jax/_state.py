@@ -253,10 +253,12 @@ def _rewrite(m, u, u_scale, m_dtypes, like_u):
 def _leaves_like(target, given, fits):
     """The given leaves in the order of the target's, found by their paths."""
     leaves = dict(jax.tree.leaves_with_path(given))
+    inside = {key[:-1]: key for key in leaves}
     found = []
     for path, place in jax.tree.leaves_with_path(target):
-        # A container around a single array adds an entry: Flax NNX's variables.
-        key = path if path in leaves else path[:-1]
+        # A container around a single array adds an entry, here or there: Flax NNX's
+        # variables.
+        key = path if path in leaves else inside.get(path, path[:-1])
         if key not in leaves:
             raise ValueError(f"The state to insert has no leaf at {name_of(path)}.")
         leaf = leaves.pop(key)

@@ -259,6 +259,30 @@ def test_a_state_is_inserted_into_an_nnx_optimizer():
     np.testing.assert_allclose(model.kernel[...], expected["kernel"], atol=1e-6)
 
 
+def test_a_state_of_plain_arrays_and_one_of_nnx_fit_each_other():
+    """An nnx.Optimizer keeps each array in a variable, one step further down."""
+    model = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+    tx = adamax(0.1)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    plain = insert_state(tx.init(weights), optimizer.opt_state)
+    assert jax.tree.structure(plain) == jax.tree.structure(tx.init(weights))
+    back = insert_state(optimizer.opt_state, plain)
+    assert jax.tree.structure(back) == jax.tree.structure(optimizer.opt_state)
+    for state in (plain, back):
+        assert int(moments_count(state)) == 1
+        m, u = moments(state)
+        for leaf in jax.tree.leaves(m):
+            np.testing.assert_allclose(leaf, 0.1, rtol=1e-6)
+        for leaf in jax.tree.leaves(u):
+            np.testing.assert_array_equal(leaf, 1)
+
+
+def moments_count(state):
+    return nnx.as_pure(state)[0].count
+
+
 def test_states_that_do_not_fit_are_not_inserted():
     target = adamax().init(PARAMS)
     old = trained()
