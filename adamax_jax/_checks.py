@@ -16,7 +16,8 @@ from jax.core import Tracer
 
 from adamax_jax._complex import dtype_like
 from adamax_jax._paths import is_inside, name_of
-from adamax_jax._storage import arithmetic_dtype, is_ratio, is_wide
+from adamax_jax._shared import shape_of_shared
+from adamax_jax._storage import arithmetic_dtype, is_bounded_ratio, is_wide
 
 _COMPLEX_PARTS = (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
 
@@ -75,12 +76,13 @@ def check_dtype(name: str, value: Any, allowed: Sequence[str]) -> Any:
 
 def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
     """Refuses one byte for m, stored as its ratio to u, where that is not bounded."""
-    if m_dtype is None or not is_ratio(m_dtype):
+    if m_dtype is None or not is_bounded_ratio(m_dtype):
+        # None is the parameter's own dtype, which init knows.
         return
     if isinstance(b1, float) and isinstance(b2, float) and b1 >= b2:
         raise ValueError(
-            f"m_dtype={m_dtype.name} stores m/u, which is bounded only for b1 < b2, "
-            f"got b1={b1} and b2={b2}. Use bfloat16 or float32 for m."
+            f"m_dtype={jnp.dtype(m_dtype).name} stores m/u, which is bounded only for "
+            f"b1 < b2, got b1={b1} and b2={b2}. Use bfloat16 or float32 for m."
         )
 
 
@@ -172,7 +174,7 @@ def check_state(state: Any, kind: type) -> None:
         )
 
 
-def check_storage(state: Any, m_dtype: Any, u_dtype: Any) -> None:
+def check_storage(state: Any, m_dtype: Any, u_dtype: Any, shared_axes: Any) -> None:
     """Refuses a state that is not stored as the optimizer stores it."""
     scale_dtype = jnp.result_type(state.u_scale)
     if scale_dtype != jnp.float32:
@@ -187,9 +189,10 @@ def check_storage(state: Any, m_dtype: Any, u_dtype: Any) -> None:
             f"The state has {len(m_leaves)} arrays in m but {len(u_leaves)} in u."
         )
     for (path, m), u in zip(m_leaves, u_leaves, strict=True):
-        if (m.dtype, u.dtype) in checked:
+        kind = m.dtype, u.dtype, m.shape, u.shape
+        if kind in checked:
             continue
-        checked.add((m.dtype, u.dtype))
+        checked.add(kind)
         for name, leaf, dtype in (
             ("m", m, None if m_dtype is None else dtype_like(m, m_dtype)),
             ("u", u, u_dtype),
@@ -200,6 +203,16 @@ def check_storage(state: Any, m_dtype: Any, u_dtype: Any) -> None:
                 raise TypeError(
                     f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, "
                     f"but this optimizer stores {wanted} ({name}_dtype). {_NO_CASTS}"
+                )
+        # What a function says of a parameter is known to init alone.
+        if not callable(shared_axes):
+            shape = shape_of_shared(path, m, shared_axes)
+            if u.shape != shape:
+                raise ValueError(
+                    f"The state's u at {name_of(path)} has shape {u.shape} beside m of "
+                    f"shape {m.shape}, but with this optimizer's shared_axes it has "
+                    f"{shape}. insert_state brings the state of an optimizer with "
+                    "other shared_axes into what init returns."
                 )
 
 

@@ -22,6 +22,19 @@ def by_parts(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     return jax.tree.map(lax.complex, real, imaginary)
 
 
+def within(x: jax.Array, largest: float) -> jax.Array:
+    """What is finite, cut off at a largest size; complex numbers keep their direction.
+
+    Of a complex number that is the larger of its parts: its modulus may overflow.
+    """
+    if not jnp.iscomplexobj(x):
+        return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
+    size = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
+    is_beyond = jnp.isfinite(size) & (size > largest)
+    share = jnp.where(is_beyond, largest / jnp.where(is_beyond, size, 1), 1)
+    return by_parts(lambda part: part * share, x)
+
+
 def dtype_like(x: ArrayLike | DTypeLike, real: DTypeLike) -> Any:
     """The dtype ``real``, or where x is complex the one whose parts have it.
 

@@ -16,7 +16,7 @@ from adamax_jax._checks import (
     check_scalar,
     check_shapes,
 )
-from adamax_jax._complex import dtype_like
+from adamax_jax._complex import by_parts, dtype_like
 from adamax_jax._leaves import leaves_beside
 from adamax_jax._storage import arithmetic_dtype
 
@@ -96,9 +96,7 @@ def _scale(name, factor, sign):
     refused under strict promotion.
     """
     if callable(factor):
-        return optax.scale_by_schedule(
-            lambda count: sign * check_scalar(name, factor(count))
-        )
+        return _scale_by_schedule(lambda count: check_scalar(name, factor(count)), sign)
     factor = check_finite(name, factor)
     return optax.stateless(
         lambda updates, params: jax.tree.map(
@@ -107,7 +105,22 @@ def _scale(name, factor, sign):
     )
 
 
+def _scale_by_schedule(schedule, sign):
+    """As ``optax.scale_by_schedule``, whose state it has."""
+
+    def update_fn(updates, state, params=None):
+        del params
+        factor = schedule(state.count)
+        updates = jax.tree.map(lambda g: _multiply(g, factor, sign=sign), updates)
+        count = optax.safe_increment(state.count)
+        return updates, optax.ScaleByScheduleState(count=count)
+
+    init_fn = optax.scale_by_schedule(schedule).init
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
 # Jitted for the same reason as the update of a leaf.
 @functools.partial(jax.jit, static_argnames="sign")
 def _multiply(g, factor, *, sign):
-    return sign * jnp.asarray(factor, g.dtype) * g
+    # Part by part, or an infinite part would make the other one NaN.
+    return by_parts(lambda part: sign * jnp.asarray(factor, part.dtype) * part, g)

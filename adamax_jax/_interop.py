@@ -10,9 +10,11 @@ import numpy as np
 import optax
 
 from adamax_jax._adamax import ScaleByAdamaxState
+from adamax_jax._complex import cast
 from adamax_jax._paths import name_of
 from adamax_jax._shared import reshare
 from adamax_jax._state import map_states, read_moments
+from adamax_jax._storage import arithmetic_dtype, write
 
 
 def from_optax(state: optax.OptState) -> optax.OptState:
@@ -153,6 +155,7 @@ def from_torch(
                 f"convert made exp_inf negative at {name_of(path)}: it may move "
                 "numbers but not compute with them."
             )
+    m, u = _stored(m, u)
     return ScaleByAdamaxState(
         count=jnp.asarray(max(steps.values(), default=0), jnp.int32),
         m=m,
@@ -161,11 +164,27 @@ def from_torch(
     )
 
 
+def _stored(m, u):
+    """The trees of plain numbers as the state holds them, in their own dtypes."""
+    m_leaves, m_treedef = jax.tree.flatten(m)
+    u_leaves, u_treedef = jax.tree.flatten(u)
+    stored = []
+    for m, u in zip(m_leaves, u_leaves, strict=True):
+        m_dtype, u_dtype = m.dtype, u.dtype
+        m, u = cast((m, u), arithmetic_dtype(m_dtype, u_dtype))
+        stored.append(write(m, u, 1, m_dtype, u_dtype, dither=0.5))
+    return (
+        jax.tree.unflatten(m_treedef, [m for m, _ in stored]),
+        jax.tree.unflatten(u_treedef, [u for _, u in stored]),
+    )
+
+
 def _from_scale_by_adam(state):
+    m, u = _stored(state.mu, jax.tree.map(jnp.real, state.nu))
     return ScaleByAdamaxState(
         count=state.count,
-        m=state.mu,
-        u=jax.tree.map(jnp.real, state.nu),
+        m=m,
+        u=u,
         # In the container and of the shape that count has: Flax NNX wraps scalars, and
         # vmap gives them an axis.
         u_scale=jax.tree.map(lambda c: jnp.ones_like(c, jnp.float32), state.count),

@@ -27,13 +27,21 @@ from adamax_jax._moments import (
     Coefficients,
     Rule,
     coefficients,
-    divide,
     is_surely_positive,
     mean_and_step,
     one_minus_power,
+    scalar_dtype,
     with_eps,
+    within_range,
 )
-from adamax_jax._storage import arithmetic_dtype, is_ratio, read, write
+from adamax_jax._quotient import divide
+from adamax_jax._storage import (
+    arithmetic_dtype,
+    dither,
+    is_bounded_ratio,
+    read,
+    write,
+)
 
 # Stands for an order of infinity. A power of 1 to it is 1, where 1^infinity is not
 # defined, and its product with any count is finite; in float32 the results are those
@@ -49,7 +57,7 @@ class ScaleByLpAdamState(NamedTuple):
     Attributes:
       count: The number of updates so far; int32 scalar.
       m: The moving average of the gradients: a tree of the parameters' structure,
-        shapes and dtypes (float32 for those of 8 bits).
+        shapes and dtypes (float32 for those of 8 bits). In float16 it holds m/u.
       u: The exponentially weighted L^p mean of the gradients: the same, but real also
         where the parameters are complex, and in float32 at least.
     """
@@ -119,12 +127,12 @@ def scale_by_lp_adam(
     which is approached: at the default rates 100 for p = 1, 5.15 for 2, 2.51 for 3,
     1.24 for 8, 1.0017 for 64 and 1.0091 for infinity (7.27 for ``optax.adam``).
 
-    Arithmetic is done in float32, or float64 where the state is; the update has the
-    gradient's dtype. Complex gradients count by their modulus. A gradient of ``None``
-    leaves that part of the state as it is. Unlike AdaMax's, a u of finite p is an
-    average, which drifts if it is rounded at every step: it is stored in float32 at
-    least, also where the parameters have fewer bits. m has the parameters' dtype; in
-    bfloat16 it does not follow slow changes where ``b1`` is above about 0.9.
+    Arithmetic and the dtype of the update are those of :func:`scale_by_adamax`. Complex
+    gradients count by their modulus. A gradient of ``None`` leaves that part of the
+    state as it is. Unlike AdaMax's, a u of finite p is an average, which drifts if it
+    is rounded at every step: it is stored in float32 at least, also where the
+    parameters have fewer bits. m has the parameters' dtype and is rounded as AdaMax's,
+    without bias.
 
     Args:
       p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
@@ -194,17 +202,19 @@ def scale_by_lp_adam(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         check_state(state, ScaleByLpAdamState)
         check_wide(state)
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
-        c = cast(_coefficients(p, b1, b2, eps, jnp.asarray(count, float)), float)
+        dtype = scalar_dtype(updates, state.m, state.u)
+        c = cast(_coefficients(p, b1, b2, eps, count, dtype), dtype)
         step, m, u = update_leaves(
-            lambda g, m, u: _update_leaf(g, m, u, c, rule, known_p),
+            lambda g, m, u, dtype: _update_leaf(g, m, u, c, rule, known_p, dtype),
             updates,
             state.m,
             state.u,
+            params,
         )
         return step, ScaleByLpAdamState(count, m, u)
 
@@ -339,40 +349,44 @@ class _Coefficients(NamedTuple):
     decay: ArrayLike
     one_minus_decay: ArrayLike
     weight: ArrayLike
+    dither: ArrayLike
 
 
-def _coefficients(p, b1, b2, eps, t):
-    """The scalars of step t."""
+def _coefficients(p, b1, b2, eps, count, dtype):
+    """The scalars of a step."""
+    t = jnp.asarray(count, dtype)
     # Also before it is an array: jax.debug_infs looks at those.
     p = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
-    p = jnp.minimum(jnp.asarray(p, float), _INFINITE_ORDER)
+    p = jnp.minimum(jnp.asarray(p, dtype), _INFINITE_ORDER)
     w = one_minus_power(b2, p) / one_minus_power(b2, p * t)
     # 1 - w = b2^p (1 - w b2^(p (t - 1))). The decay is the p-th root of that: b2 times
     # a factor that tends to 1, whose logarithm this is. At t = 1 the factor would be 0,
     # which has no logarithm; u is 0 before it, so that any other decay does as well.
     past = jnp.maximum(t - 1, 1)
     log_factor = jnp.log1p(-w * (1 - one_minus_power(b2, p * past))) / p
-    rate = jnp.asarray(b2, float)
+    rate = jnp.asarray(b2, dtype)
     return _Coefficients(
         both=coefficients(b1, eps, t),
         p=p,
         decay=rate * jnp.exp(log_factor),
-        one_minus_decay=jnp.asarray(1 - b2, float) - rate * jnp.expm1(log_factor),
+        one_minus_decay=jnp.asarray(1 - b2, dtype) - rate * jnp.expm1(log_factor),
         weight=jnp.exp(jnp.log(w) / p),
+        dither=dither(count),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "known_p"))
-def _update_leaf(g, stored_m, stored_u, c, rule, known_p):
-    """One leaf's step in the gradient's dtype, and its new state."""
-    g_dtype = jnp.result_type(g)
-    # m is no ratio and u is wide: they have no scale and are rounded to nearest.
+@functools.partial(jax.jit, static_argnames=("rule", "known_p", "step_dtype"))
+def _update_leaf(g, stored_m, stored_u, c, rule, known_p, step_dtype):
+    """One leaf's step and its new state."""
+    # u is wide and has no scale.
     m, u = read(stored_m, stored_u, u_scale=1)
-    g, m, u, c = cast((g, m, u, c), stored_u.dtype)
+    dtype = arithmetic_dtype(jnp.result_type(g), stored_m.dtype, stored_u.dtype)
+    g, m, u, c = cast((g, m, u, c), dtype)
+    g = within_range(g, stored_m, stored_u)
     u = _mean_of_order_p(u, with_eps(jnp.abs(g), c.both, rule), c, known_p)
     m, step = by_parts(lambda g, m: mean_and_step(g, m, u, c.both, rule), g, m)
-    stored_m, stored_u = write(m, u, 1, stored_m.dtype, stored_u.dtype, dither=0.5)
-    return step.astype(g_dtype), stored_m, stored_u
+    stored_m, stored_u = write(m, u, 1, stored_m.dtype, stored_u.dtype, c.dither)
+    return step.astype(step_dtype), stored_m, stored_u
 
 
 def _mean_of_order_p(u, norm, c, known_p):
@@ -390,7 +404,11 @@ def _mean_of_order_p(u, norm, c, known_p):
     is_close = is_old & (c.decay > 0.5)
     base = jnp.where(is_close, u, high)
     change = jnp.where(is_close, c.decay * gain - c.one_minus_decay, gain)
-    return jnp.where(c.p < _INFINITE_ORDER, base + base * change, maximum)
+    mean = base + base * change
+    # A mean of finite numbers is finite, but may be rounded to infinity.
+    largest = jnp.finfo(mean.dtype).max
+    mean = jnp.where(jnp.isinf(mean) & jnp.isfinite(maximum), largest, mean)
+    return jnp.where(c.p < _INFINITE_ORDER, mean, maximum)
 
 
 def _power(x, p, known_p):
@@ -414,7 +432,7 @@ def _known(p):
 def _m_dtype(x):
     """The dtype of m for a parameter: its own, of 16 bits at least."""
     dtype = jnp.result_type(x)
-    return jnp.float32 if is_ratio(dtype) else dtype
+    return jnp.float32 if is_bounded_ratio(dtype) else dtype
 
 
 def _u_dtype(x):

@@ -7,6 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from adamax_jax._complex import within
+from adamax_jax._quotient import quotient
+from adamax_jax._storage import arithmetic_dtype
+
 
 class Rule(NamedTuple):
     """What is known of the equations before they are compiled."""
@@ -24,11 +28,12 @@ class Coefficients(NamedTuple):
     # Not left to the leaves: 1 - 0.9 is off by 2e-7 of itself in float32, and by 2e-16
     # in Python.
     one_minus_b1: ArrayLike
-    # 1 / (1 - b1^t). The compiler would replace a division by one scalar by this
+    # Half of 1 / (1 - b1^t). The compiler would replace a division by one scalar by a
     # product anyway, but not in leaves of a single element, whose bits would differ.
-    correction: ArrayLike
+    # Half, since a mean of the largest numbers, corrected, may be rounded to infinity.
+    half_correction: ArrayLike
     # That of the step t + 1, for Nesterov's look ahead.
-    next_correction: ArrayLike
+    half_next_correction: ArrayLike
     eps: ArrayLike
 
 
@@ -37,10 +42,30 @@ def coefficients(b1: ArrayLike, eps: ArrayLike, t: jax.Array) -> Coefficients:
     return Coefficients(
         b1=b1,
         one_minus_b1=1 - b1,
-        correction=1 / one_minus_power(b1, t),
-        next_correction=1 / one_minus_power(b1, t + 1),
+        half_correction=0.5 / one_minus_power(b1, t),
+        half_next_correction=0.5 / one_minus_power(b1, t + 1),
         eps=eps,
     )
+
+
+def scalar_dtype(*trees: Any) -> Any:
+    """What the scalars of a step are computed in: the widest that any leaf needs."""
+    leaves = map(jnp.result_type, jax.tree.leaves(trees))
+    return arithmetic_dtype(jnp.result_type(float), *leaves)
+
+
+def within_range(g: jax.Array, stored_m: jax.Array, stored_u: jax.Array) -> jax.Array:
+    """Gradients cut off at 2^126 where something made of them would overflow.
+
+    That is a complex modulus, a bfloat16 u that is divided by its scale, and whatever a
+    float32 state holds of float64 gradients (for a float64 state it is 2^1022). Plain
+    float32 gradients stay as they are.
+    """
+    dtype = arithmetic_dtype(stored_m.dtype, stored_u.dtype)
+    is_wider = arithmetic_dtype(g.dtype) != dtype
+    if is_wider or jnp.iscomplexobj(g) or stored_u.dtype == jnp.bfloat16:
+        return within(g, 2.0 ** (jnp.finfo(dtype).maxexp - 2))
+    return g
 
 
 def with_eps(norm: jax.Array, c: Coefficients, rule: Rule) -> jax.Array:
@@ -55,33 +80,13 @@ def mean_and_step(
     # In the order of Optax's sum, which the compiler fuses to the same bits.
     m = c.one_minus_b1 * g + c.b1 * m
     if rule.nesterov:
-        m_hat = c.b1 * c.next_correction * m + c.one_minus_b1 * c.correction * g
+        half_m_hat = (
+            c.b1 * c.half_next_correction * m + c.one_minus_b1 * c.half_correction * g
+        )
     else:
-        m_hat = c.correction * m
+        half_m_hat = c.half_correction * m
     denominator = u if rule.eps_inside else u + c.eps
-    return m, _quotient(m_hat, denominator, rule.is_positive)
-
-
-def _quotient(m_hat, denominator, is_positive):
-    """The step; by the paper's rule, 0/0 is 0."""
-    if is_positive:
-        return divide(m_hat, denominator)
-    # The inner where keeps the derivative of the untaken branch finite. Compared with
-    # ==, a NaN goes on to the update instead of being hidden.
-    is_zero = denominator == 0
-    return jnp.where(is_zero, 0, divide(m_hat, jnp.where(is_zero, 1, denominator)))
-
-
-@jax.custom_jvp
-def divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / y; JAX's own derivative divides by y^2, which is 0 for a y of 1e-23."""
-    return x / y
-
-
-divide.defjvps(
-    lambda x_dot, ratio, x, y: x_dot / y,
-    lambda y_dot, ratio, x, y: -ratio * (y_dot / y),
-)
+    return m, 2 * quotient(half_m_hat, denominator, rule.is_positive)
 
 
 def is_surely_positive(eps: Any) -> bool:
@@ -92,8 +97,13 @@ def is_surely_positive(eps: Any) -> bool:
 def one_minus_power(b: ArrayLike, t: ArrayLike) -> jax.Array:
     """1 - b^t, exact to rounding also for b close to 1: -expm1(t log b)."""
     if isinstance(b, float):
-        return -jnp.expm1(t * math.log(b)) if b > 0 else jnp.ones_like(t)
-    b = jnp.asarray(b, float)
+        if b == 0:
+            return jnp.ones_like(t)
+        # Not as a Python number, which is a float32 where x64 is off, also beside a
+        # float64.
+        return -jnp.expm1(t * jnp.asarray(math.log(b), jnp.result_type(t)))
+    t = jnp.asarray(t)
+    b = jnp.asarray(b, t.dtype)
     # The inner where keeps the derivative at b = 0 finite.
     is_zero = b == 0
     log_b = jnp.log(jnp.where(is_zero, 1, b))

@@ -28,6 +28,12 @@ def zeros_shared(path: Any, leaf: Any, dtype: Any, shared_axes: Any) -> jax.Arra
     return jnp.zeros_like(_maximum(zeros, axes)) if axes else zeros
 
 
+def shape_of_shared(path: Any, whole: Any, shared_axes: Axes) -> Shape:
+    """The shape of the u of one parameter, or of another array of its shape."""
+    axes = _axes_of(path, whole, shared_axes)
+    return tuple(1 if axis in axes else size for axis, size in enumerate(whole.shape))
+
+
 def maximum_over(x: jax.Array, shape: Shape) -> jax.Array:
     """The maximum of x along the axes that a u of this shape shares beside it."""
     if not is_shared(shape, x.shape):

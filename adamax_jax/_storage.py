@@ -10,13 +10,18 @@ stored number was rounded once, when it was set:
   back as it was: the products in float32 are off by 2^-22 at most, which a rounding to
   fewer bits undoes.
 
-The mean ``m`` is an average, which has no such property; in one byte it is stored as
-its ratio to ``u``, which is bounded.
+The mean ``m`` is an average, which has no such property. Rounded to nearest at every
+step, it would stay for ever where a step changes it by less than half the distance of
+two numbers, while ``u`` decays. So it is rounded up or down in proportion to its place
+between them, which leaves no bias. And where its dtype has a smaller range than
+float32, it is stored as its ratio to ``u``, so that it is lost only where it is small
+beside ``u``.
 
 To add a format, add its name below and what it means to the functions that ask for a
 dtype.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +31,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from adamax_jax._complex import by_parts
+from adamax_jax._quotient import quotient
 
 _FLOATS = (
     "float64",
@@ -60,7 +66,12 @@ def is_wide(dtype: Any) -> bool:
 
 
 def is_ratio(m_dtype: Any) -> bool:
-    """Whether m of this dtype is stored as its ratio to u: in one byte."""
+    """Whether m of this dtype is stored as its ratio to u."""
+    return not is_wide(m_dtype) and m_dtype != jnp.bfloat16
+
+
+def is_bounded_ratio(m_dtype: Any) -> bool:
+    """Whether m of this dtype is stored as a ratio that is cut off: in one byte."""
     return jnp.dtype(m_dtype).itemsize == 1
 
 
@@ -113,8 +124,8 @@ def write(
       u: The norm; real, in the same precision.
       u_scale: What a stored u is multiplied by when it is read.
       m_dtype, u_dtype: What to store them in.
-      dither: Which of its two neighbours an int8 code becomes: a number in [0, 1),
-        compared with the place of m between them; 1/2 for the nearer one.
+      dither: Which of its two neighbours an m below 32 bits becomes: a number in
+        [0, 1), compared with the place of m between them; 1/2 for the nearer one.
     """
     stored_u = _write_u(u, u_scale, u_dtype)
     next_u = _read_u(stored_u, u_scale).astype(u.dtype)
@@ -124,12 +135,12 @@ def write(
     if is_ratio(m_dtype):
         # Multiplied by the u that will be read, the ratio shrinks m by itself.
         ratio_to = jnp.maximum(next_u, least_u)
-        return _write_ratio(m, ratio_to, m_dtype, dither), stored_u
-    if _ends_below_float32(u_dtype):
+        return _write_ratio(m, ratio_to, jnp.dtype(m_dtype), dither), stored_u
+    if _range_ends_below(u_dtype, u.dtype):
         is_cut = (next_u < least_u) & jnp.isfinite(u)
         share = jnp.where(is_cut, next_u / jnp.where(is_cut, least_u, 1), 1)
         m = by_parts(lambda part: part * share, m)
-    return _write_float(m, m_dtype), stored_u
+    return _write_float(m, m_dtype, dither), stored_u
 
 
 def as_stored(u: jax.Array, u_scale: ArrayLike, dtype: Any) -> jax.Array:
@@ -169,6 +180,8 @@ def _read_u(stored, u_scale):
 def _write_u(u, u_scale, dtype):
     """The number of a dtype that is nearest to ``u / u_scale``."""
     if is_wide(dtype):
+        if _range_ends_below(dtype, u.dtype):
+            u = _clip(u, float(jnp.finfo(dtype).max))
         return u.astype(dtype)
     scaled = u.astype(jnp.float32) * (1 / jnp.asarray(u_scale, jnp.float32))
     smallest, largest = _ends(dtype)
@@ -196,32 +209,85 @@ def _read_m(stored, u):
     return stored if is_wide(stored.dtype) else stored.astype(jnp.float32)
 
 
-def _write_float(m, dtype):
-    """m rounded to nearest; what is finite stays finite."""
+def _write_float(m, dtype, dither):
+    """m rounded to a float dtype of float32's range; what is finite stays finite."""
+    largest = float(jnp.finfo(dtype).max)
     if is_wide(dtype):
+        if _range_ends_below(dtype, m.dtype):
+            m = by_parts(lambda part: _clip(part, largest), m)
         return m.astype(dtype)
-    _, largest = _ends(dtype)
-    return jnp.where(jnp.isinf(m), m, jnp.clip(m, -largest, largest)).astype(dtype)
+    m = _clip(m, largest)
+    return jnp.where(jnp.isfinite(m), _neighbour(m, dither, dtype), m).astype(dtype)
 
 
 def _write_ratio(m, u, dtype, dither):
-    """m / u rounded to one byte."""
+    """m / u rounded to a byte, or to float16."""
+    if dtype == jnp.int8:
+        return _write_int8(m, u, dither)
+    largest = _LARGEST_RATIO if is_bounded_ratio(dtype) else _ends(dtype)[1]
+    ratio = jnp.clip(quotient(m, u), -largest, largest)
+    rounded = jnp.where(jnp.isnan(ratio), ratio, _neighbour(ratio, dither, dtype))
+    return rounded.astype(dtype)
+
+
+def _write_int8(m, u, dither):
     # What is not finite has no code; the update has already carried it to the user.
     undefined = (u == 0) | ~jnp.isfinite(m)
     # Of |m|, with m's sign in the end: a quotient that is read twice, XLA:CPU writes to
     # memory in between.
     ratio = jnp.where(undefined, 0, jnp.abs(m) / jnp.where(undefined, 1, u))
-    if dtype != jnp.int8:
-        code = jnp.minimum(ratio, _LARGEST_RATIO)
-    else:
-        square = jnp.minimum(ratio * (_CODES**2 / _LARGEST_RATIO), _CODES**2)
-        below = jnp.floor(jnp.sqrt(square))
-        # The place between below^2 and (below + 1)^2, linear in m: a dither that is
-        # uniform in [0, 1) leaves no bias, while rounding to nearest would keep a mean
-        # that changes by less than half a code per step where it is for ever.
-        above = square - below * below > dither * (2 * below + 1)
-        code = jnp.where(above, below + 1, below)
-    return jnp.where(m < 0, -code, code).astype(dtype)
+    square = jnp.minimum(ratio * (_CODES**2 / _LARGEST_RATIO), _CODES**2)
+    below = jnp.floor(jnp.sqrt(square))
+    # The place between below^2 and (below + 1)^2, linear in m.
+    above = square - below * below > dither * (2 * below + 1)
+    code = jnp.where(above, below + 1, below)
+    return jnp.where(m < 0, -code, code).astype(jnp.int8)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _neighbour(x, dither, dtype):
+    """The number of a float dtype below |x| or above it, with the sign of x.
+
+    Above if the place of |x| between the two exceeds a dither: with one that is uniform
+    in [0, 1) their mean is x. Derivatives pass as if nothing was rounded.
+    """
+    dither = jnp.asarray(dither, jnp.float32)
+    if dtype == jnp.bfloat16:
+        return _neighbour_in_bfloat16(x, dither).astype(x.dtype)
+    size = jnp.abs(x).astype(jnp.float32)
+    # The numbers of a dtype are equally far apart from one power of two to the next,
+    # and at its lower end down to 0. Below float32's normal numbers nothing is kept.
+    exponent = lax.bitcast_convert_type(size, jnp.int32) & 0x7F800000
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    smallest = max(_ends(dtype)[0], float(jnp.finfo(jnp.float32).tiny))
+    distance = jnp.maximum(power * float(jnp.finfo(dtype).eps), smallest)
+    place = size / distance
+    below = jnp.floor(place)
+    size = jnp.where(place - below > dither, below + 1, below) * distance
+    return jnp.where(x < 0, -size, size).astype(x.dtype)
+
+
+@_neighbour.defjvp
+def _neighbour_jvp(dtype, primals, tangents):
+    x, dither = primals
+    return _neighbour(x, dither, dtype), tangents[0]
+
+
+def _neighbour_in_bfloat16(x, dither):
+    """The same by the bits of a float32, of which bfloat16 keeps the first half.
+
+    What is added carries over if the second half, the place between the neighbours,
+    exceeds the dither. XLA:CPU reads x twice else, and writes it to memory in between.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    place = jnp.floor(dither * 2.0**16).astype(jnp.uint32)
+    bits = (bits + (np.uint32(0xFFFF) - place)) & np.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _clip(x, largest):
+    """What is finite cut off at a largest number."""
+    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
 
 
 def _ends(dtype):
@@ -232,9 +298,12 @@ def _ends(dtype):
     return float(info.smallest_subnormal), float(info.max)
 
 
-def _ends_below_float32(u_dtype):
-    """Whether u of this dtype has a smaller range than float32."""
-    return not is_wide(u_dtype) and u_dtype != jnp.bfloat16
+def _range_ends_below(dtype, wider):
+    """Whether the numbers of a dtype end at a lower power of two than those of another.
+
+    Those of bfloat16 end with those of float32.
+    """
+    return dtype == jnp.uint8 or jnp.finfo(dtype).maxexp < jnp.finfo(wider).maxexp
 
 
 def _is_saturated_u(stored):
@@ -249,5 +318,6 @@ def _is_saturated_m(stored):
         return jnp.zeros(stored.shape, bool)
     if stored.dtype == jnp.int8:
         return jnp.abs(stored) == _CODES
-    largest = _LARGEST_RATIO if is_ratio(stored.dtype) else _ends(stored.dtype)[1]
+    is_bounded = is_bounded_ratio(stored.dtype)
+    largest = _LARGEST_RATIO if is_bounded else _ends(stored.dtype)[1]
     return jnp.abs(stored) == jnp.asarray(largest, stored.dtype)

@@ -1,5 +1,6 @@
 """What a training loop may do with the state and the updates."""
 
+import functools
 import pickle
 
 import chex
@@ -8,10 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 from sequences import STORAGES, gradients
 
 import adamax_jax
-from adamax_jax import ScaleByAdamaxState, adamax, adamaxw, moments, scale_by_adamax
+from adamax_jax import (
+    ScaleByAdamaxState,
+    adamax,
+    adamaxw,
+    lp_adam,
+    lp_adamw,
+    moments,
+    scale_by_adamax,
+    scale_by_lp_adam,
+)
 
 DTYPES = [
     jnp.float8_e4m3fn,
@@ -89,12 +100,14 @@ def test_loops_and_branches_keep_the_state(x64, dtype, storage):
 @pytest.mark.parametrize("grads", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_gradients_and_parameters_may_differ_in_dtype(factory, params, grads, storage):
+    is_wider = (params, grads) == (jnp.float32, jnp.bfloat16)
     params, grads = tree(params), tree(grads)
     optimizer = factory(**storage)
     state = optimizer.init(params)
     updates, new_state = abstractly(optimizer.update, grads, state, params)
     assert new_state == types(state)
-    assert updates == types(grads)
+    # Half-precision gradients of float32 parameters do not make their steps coarse.
+    assert updates == types(params if is_wider else grads)
 
 
 @EVERY_STORAGE
@@ -390,3 +403,201 @@ def test_double_precision_keeps_float32_leaves(x64):
 
 def test_version():
     assert adamax_jax.__version__.count(".") == 2
+
+
+EVERY_OPTIMIZER = pytest.mark.parametrize(
+    "factory",
+    [
+        adamax,
+        adamaxw,
+        functools.partial(lp_adam, p=2),
+        functools.partial(lp_adamw, p=2),
+    ],
+)
+
+
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_float32_parameter_keeps_steps_of_float32(factory, dtype):
+    """At a learning rate that is 0 in float16, and a step that float16 would round."""
+    params, g = jnp.zeros(3), jnp.array([1.0, -2.0, 0.0], dtype)
+    for rate in (2e-8, 1.2345e-3):
+        optimizer = factory(rate, eps=0.0)
+        updates, state = optimizer.update(g, optimizer.init(params), params)
+        chex.assert_type(updates, jnp.float32)
+        np.testing.assert_allclose(updates, [-rate, rate, 0], rtol=1e-6)
+        if factory in (adamax, EVERY_OPTIMIZER.args[1][2]):
+            # Not known, the parameters cannot tell.
+            updates, _ = optimizer.update(g, optimizer.init(params))
+            chex.assert_type(updates, dtype)
+        chex.assert_type(state[0].m, jnp.float32)
+
+
+@EVERY_OPTIMIZER
+def test_the_dtype_of_a_step_is_found_for_each_leaf(factory):
+    """Also where parameters or gradients are None, as in an Equinox model's halves."""
+    params = {
+        "a": [jnp.ones(2), None, jnp.ones(2, jnp.bfloat16)],
+        "b": {"c": jnp.ones(2), "d": jnp.ones([])},
+        "e": jnp.ones(2, jnp.float16),
+    }
+    half = jnp.ones(2, jnp.float16)
+    g = {
+        "a": [half, None, half.astype(jnp.bfloat16)],
+        "b": None,
+        "e": jnp.ones(2, jnp.float32),
+    }
+    optimizer = factory(0.1)
+    for update in (optimizer.update, jax.jit(optimizer.update)):
+        updates, state = update(g, optimizer.init(params), params)
+        dtypes = jax.tree.map(lambda x: x.dtype.name, updates)
+        expected = {"a": ["float32", None, "bfloat16"], "b": None, "e": "float32"}
+        assert dtypes == expected
+        assert types(state) == types(optimizer.init(params))
+
+
+def test_functions_in_the_parameters_are_passed_over():
+    """As in a whole Equinox model, whose arrays alone init was given."""
+    params = {"w": jnp.ones(2), "activation": jax.nn.relu}
+    arrays = params | {"activation": None}
+    g = {"w": jnp.ones(2, jnp.float16), "activation": None}
+    optimizer = adamax(0.1)
+    updates, _ = optimizer.update(g, optimizer.init(arrays), params)
+    assert updates["activation"] is None
+    np.testing.assert_allclose(updates["w"], [-0.1, -0.1], rtol=1e-6)
+
+
+class TestEndsOfTheRange:
+    """What is finite gives a finite step of the right size, and a finite state."""
+
+    LARGEST = float(jnp.finfo(jnp.float32).max)
+    EVERY = (
+        {},
+        {"shared_axes": -1},
+        {"m_dtype": "bfloat16", "u_dtype": "bfloat16"},
+        {"m_dtype": "float16", "u_dtype": "float16"},
+        {"m_dtype": "float8_e4m3fn", "u_dtype": "float8_e5m2"},
+        {"m_dtype": "int8", "u_dtype": "uint8"},
+        {"m_dtype": "int8", "u_dtype": "float32", "shared_axes": -1},
+    )
+
+    def assert_first_steps(self, optimizer, g, expected):
+        """Constant gradients: each step is the sign, whatever the size.
+
+        Only the first where u is cut down to the largest number of its dtype, and m
+        with it, so that the next gradient finds the state of a smaller one.
+        """
+        state = optimizer.init(jnp.zeros_like(g, dtype_of_state(g)))
+        steps = 3 if state.u.dtype in (jnp.float32, jnp.bfloat16) else 1
+        # Half the distance of two codes of an int8 m is 2.8 % of m there.
+        rtol = 0.03 if state.m.dtype == jnp.int8 else 0.01
+        for jit in (False, True):
+            update = jax.jit(optimizer.update) if jit else optimizer.update
+            state = optimizer.init(jnp.zeros_like(g, dtype_of_state(g)))
+            for _ in range(steps):
+                step, state = update(g, state)
+                np.testing.assert_allclose(step, expected, rtol=rtol)
+                floats = [x.astype(jnp.complex64) for x in jax.tree.leaves(state)]
+                chex.assert_tree_all_finite(floats)
+
+    @pytest.mark.parametrize("nesterov", [False, True])
+    @pytest.mark.parametrize("options", EVERY)
+    def test_the_largest_gradients(self, options, nesterov):
+        sizes = np.float32([self.LARGEST, 3.3e38, 2.0**126, 2.0**126.5])
+        g = jnp.asarray(np.stack([sizes, -sizes], axis=1))
+        optimizer = scale_by_adamax(nesterov=nesterov, **options)
+        if not nesterov:
+            self.assert_first_steps(optimizer, g, np.sign(g))
+        step, state = jax.jit(optimizer.update)(g, optimizer.init(g))
+        assert np.all(np.isfinite(step)) and np.all(np.sign(step) == np.sign(g))
+        # Without any gradient no step grows.
+        for _ in range(3):
+            later, state = optimizer.update(0 * g, state)
+            assert np.all(np.abs(later) < np.abs(step))
+
+    @pytest.mark.parametrize("p", [1.0, 2.0, 3.5, 64.0, np.inf])
+    def test_the_largest_gradients_of_the_family(self, p):
+        g = jnp.array([self.LARGEST, -self.LARGEST, 3.3e38, 1.0])
+        for eps_inside in (False, True):
+            optimizer = scale_by_lp_adam(p, eps_inside=eps_inside)
+            self.assert_first_steps(optimizer, g, np.sign(g))
+
+    @pytest.mark.parametrize(
+        "optimizer",
+        [scale_by_adamax(), scale_by_adamax(u_dtype="uint8"), scale_by_lp_adam(3.0)],
+    )
+    def test_a_modulus_that_overflows(self, optimizer):
+        """Both parts are finite; the direction is kept."""
+        g = jnp.array([3.3e38 + 3.3e38j, 1e38 - 3e38j, 3e38j])
+        wide = np.asarray(g, np.complex128)
+        self.assert_first_steps(optimizer, g, wide / np.abs(wide))
+
+    def test_a_shared_u_beyond_its_reciprocal(self):
+        """A division by a broadcast u becomes a product: 1 / 2^127 is flushed to 0."""
+        g = jnp.array([[2.0**127, 2.0**120], [2.0**126, -(2.0**125)]])
+        optimizer = scale_by_adamax(shared_axes=-1)
+        expected = [[1, 2.0**-7], [1, -0.5]]
+        self.assert_first_steps(optimizer, g, expected)
+
+    def test_bfloat16_u_is_not_halved_without_its_mean(self):
+        """Its last step was twice the right one."""
+        g = np.float64([3.3e38, -3.3e38])
+        # Close to the largest number, and divided by a scale that is close to a half.
+        sequence = [0 * g] * 682 + [g] * 10 + [0 * g] * 3
+        optimizer = scale_by_adamax(u_dtype="bfloat16", m_dtype="float32")
+        update, state = jax.jit(optimizer.update), optimizer.init(jnp.zeros(2))
+        for g_t, expected in zip(sequence, reference.adamax(sequence), strict=True):
+            step, state = update(jnp.asarray(g_t, jnp.float32), state)
+            np.testing.assert_allclose(step, expected.update, rtol=0.01)
+
+    @pytest.mark.parametrize("options", EVERY)
+    def test_float64_gradients_beyond_float32(self, x64, options):
+        """What is outside counts as the end: the step is 1."""
+        g = jnp.array([[1e39, 1e300], [-1e39, -1e308]], jnp.float64)
+        self.assert_first_steps(scale_by_adamax(**options), g, np.sign(g))
+
+    @pytest.mark.parametrize("p", [1.0, 2.0, np.inf])
+    def test_float64_gradients_of_the_family(self, x64, p):
+        g = jnp.array([1e39, -1e300], jnp.float64)
+        self.assert_first_steps(scale_by_lp_adam(p), g, np.sign(g))
+
+    @pytest.mark.parametrize(
+        "optimizer",
+        [scale_by_adamax(), scale_by_adamax(u_dtype="uint8"), scale_by_lp_adam(2.0)],
+    )
+    def test_complex128_gradients_beyond_complex64(self, x64, optimizer):
+        g = jnp.array([1e39 + 1e39j, -1e300j, 1e308 - 1e308j], jnp.complex128)
+        expected = np.array([1 + 1j, -np.sqrt(2) * 1j, 1 - 1j]) / np.sqrt(2)
+        self.assert_first_steps(optimizer, g, expected)
+
+
+def dtype_of_state(g):
+    """The state of parameters in single precision, whatever the gradients."""
+    return jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
+
+
+@pytest.fixture
+def explicit_x64():
+    """float64 where it is asked for by name, in spite of x64 being off."""
+    before = jax.config.jax_explicit_x64_dtypes
+    jax.config.update("jax_explicit_x64_dtypes", "allow")
+    yield
+    jax.config.update("jax_explicit_x64_dtypes", before)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "optimizer",
+    [scale_by_adamax(), scale_by_lp_adam(jnp.inf, eps_inside=True)],
+    ids=["adamax", "family"],
+)
+def test_float64_where_x64_is_off(explicit_x64, optimizer, jit):
+    """Arithmetic is in float64, that of the scalars included, from the first step."""
+    sequence = gradients(steps=30, size=8)
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    state = optimizer.init(jnp.zeros(8, jnp.float64))
+    for g, expected in zip(sequence, reference.adamax(sequence), strict=True):
+        step, state = update(jnp.asarray(g, jnp.float64), state)
+        chex.assert_type([step, state.m, state.u], jnp.float64)
+        np.testing.assert_allclose(step, expected.update, rtol=1e-12)
+        np.testing.assert_allclose(state.u, expected.u, rtol=1e-14)

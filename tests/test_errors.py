@@ -479,3 +479,12 @@ def test_containers_that_look_at_their_fields():
     ):
         updates, _ = optimizer.update(params, optimizer.init(params), params)
         np.testing.assert_allclose(updates.w, -0.1, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_a_parameter_of_one_byte_needs_a_bounded_ratio(dtype):
+    """Its m has its dtype, unless another one is asked for."""
+    params = jnp.ones(2, dtype)
+    with pytest.raises(ValueError, match=r"b1 < b2, got b1=0.9 and b2=0.5"):
+        scale_by_adamax(0.9, 0.5).init(params)
+    scale_by_adamax(0.9, 0.5, m_dtype="float32").init(params)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import sequences
+from dying import DECAYS, dying_gradients, exact_mean_beside, noise_of_rounding
 from sequences import compiled_trajectory, descend, trajectory
 
 from adamax_jax import (
@@ -570,6 +571,58 @@ def test_half_precision_parameters_have_a_float32_norm(dtype):
     exact = exact_norm(g.astype(jnp.float32), 3)
     assert relative_error(state.u, exact) < 2e-5
     assert np.isfinite(updates.astype(jnp.float32)).all()
+
+
+@functools.cache
+def exact_dying_mean(p):
+    return exact_mean_beside(exact_dying_norm(p), eps=1e-8)
+
+
+def exact_dying_norm(p):
+    g = dying_gradients()
+    if p < np.inf:
+        return exact_norm(g, p, b2=np.float64(np.float32(B2)))
+    norms, u = [], 0.0
+    for g_t in np.abs(g, dtype=np.float64):
+        u = np.maximum(np.float64(np.float32(B2)) * u, g_t)
+        norms.append(u)
+    return norms
+
+
+@pytest.mark.parametrize("p", [2.0, 8.0, np.inf])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_means_of_half_precision_parameters_die(dtype, p):
+    """Travel and last step over 20,000 steps, within 4 standard deviations.
+
+    And 1e-4, to which u is known.
+    """
+
+    def run(b1, g):
+        optimizer = scale_by_lp_adam(p, b1=b1)
+
+        def step(state, g_t):
+            update, state = optimizer.update(g_t, state)
+            return state, update
+
+        state = optimizer.init(jnp.zeros(g.shape[1], dtype))
+        state, updates = jax.lax.scan(step, state, g)
+        return updates, state.m.astype(jnp.float32)
+
+    every = jax.jit(jax.vmap(run, in_axes=(0, None)))
+    updates, m = every(jnp.asarray(DECAYS), jnp.asarray(dying_gradients()))
+    actual = np.asarray(updates, np.float64)
+    exact = exact_dying_mean(p)
+    steps = exact.ratio * exact.correction
+    travel, last = noise_of_rounding(exact, dtype)
+    size = np.abs(steps)
+    error = np.abs(actual.sum(axis=1) - steps.sum(axis=0))
+    assert np.all(error <= 1e-4 * size.sum(axis=0) + 4 * travel)
+    error = np.abs(actual[:, -1] - steps[-1])
+    assert np.all(error <= 1e-4 * size[-1] + 4 * last + 1e-12)
+    ended = [0, 1, 8, 9]
+    if dtype == "float16":
+        np.testing.assert_array_equal(m[:, ended], 0)
+    assert np.all(np.abs(actual[:, -1, ended]) < 1e-12)
 
 
 def test_complex_gradients_count_by_their_modulus():

@@ -275,13 +275,34 @@ def test_derivatives_through_the_update_are_finite():
 
 
 def test_a_state_of_another_shape_is_refused():
-    optimizer = scale_by_adamax()
-    state = optimizer.init(jnp.ones([3, 4]))
+    g = jnp.ones([3, 4])
+    state = scale_by_adamax().init(g)
+    wrong = {
+        None: [(2, 4), (3,), (3, 4, 1), (3, 1)],
+        -1: [(3, 4), (1, 1), (1, 4)],
+        (0, 1): [(3, 4), (3, 1)],
+    }
+    for shared_axes, others in wrong.items():
+        optimizer = scale_by_adamax(shared_axes=shared_axes)
+        for shape in others:
+            with pytest.raises(
+                ValueError, match=r"at the root .*, 4\), but .* insert_state"
+            ) as error:
+                optimizer.update(g, state._replace(u=jnp.ones(shape)))
+            assert f"has shape {shape}" in str(error.value)
+
+
+def test_a_state_beside_a_function_of_axes():
+    """What it said of the parameters is in the shapes; these have to agree."""
+    g = jnp.ones([3, 4])
+    optimizer = scale_by_adamax(shared_axes=lambda path, leaf: -1)
+    state = optimizer.init(g)
+    optimizer.update(g, state)
     for shape in ((2, 4), (3,), (3, 4, 1)):
         with pytest.raises(
             ValueError, match=r"u of shape .* beside m of shape \(3, 4\)"
         ):
-            optimizer.update(jnp.ones([3, 4]), state._replace(u=jnp.ones(shape)))
+            optimizer.update(g, state._replace(u=jnp.ones(shape)))
 
 
 # With eight devices.

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from dying import DECAYS, EPS_OF_M, dying_gradients, exact_mean, noise_of_rounding
 from hypothesis import given
 from sequences import (
     LONGEST_STEP,
@@ -402,6 +403,132 @@ class TestMean:
         assert ratio < 0.5 * target
 
 
+# The longest step at the default rates where rounding adds to it, beside a wide u.
+BOUNDS = {
+    "bfloat16": 1.03,
+    "float16": 1.011,
+    "float8_e4m3fn": 1.12,
+    "float8_e5m2": 1.23,
+    "int8": 1.04,
+}
+
+
+@functools.lru_cache
+def narrow_updates(m_dtype, u_dtype):
+    """The updates for every decay of m, and the m in the end."""
+
+    def run(b1, g):
+        optimizer = scale_by_adamax(b1=b1, m_dtype=m_dtype, u_dtype=u_dtype)
+
+        def step(state, g_t):
+            update, state = optimizer.update(g_t, state)
+            return state, update
+
+        state, updates = jax.lax.scan(step, optimizer.init(g[0]), g)
+        return updates, bits(state.m)
+
+    every = jax.jit(jax.vmap(run, in_axes=(0, None)))
+    updates, m = every(jnp.asarray(DECAYS), jnp.asarray(dying_gradients()))
+    return np.asarray(updates, np.float64), np.asarray(m)
+
+
+def pairs_of_dtypes(m_dtypes=(*EPS_OF_M, "int8"), u_dtypes=("float32", "uint8", "own")):
+    """Of m and u; a float8 u would not hold these gradients."""
+    return pytest.mark.parametrize(
+        ("m_dtype", "u_dtype"),
+        [
+            (m, m if u == "own" else u)
+            for m in m_dtypes
+            for u in u_dtypes
+            if u != "own" or m in ("bfloat16", "float16")
+        ],
+    )
+
+
+class TestNarrowMeans:
+    """Every m below 32 bits dies as the exact one does, and has no bias."""
+
+    @pairs_of_dtypes()
+    def test_travel_and_last_step(self, m_dtype, u_dtype):
+        """Within what the rounding of u does to each step, and 4 standard deviations.
+
+        Of the numbers that are left after thousands of steps there are few: one that
+        is the smallest may come and go besides.
+        """
+        actual, _ = narrow_updates(m_dtype, u_dtype)
+        exact = exact_mean()
+        steps = exact.ratio * exact.correction
+        travel, last = noise_of_rounding(exact, m_dtype)
+        of_u = {"float32": 1e-5, "uint8": 1 / 8}.get(u_dtype, 2**-8)
+        size = np.abs(steps)
+        error = np.abs(actual.sum(axis=1) - steps.sum(axis=0))
+        assert np.all(error <= of_u * size.sum(axis=0) + 4 * travel)
+        error = np.abs(actual[:, -1] - steps[-1])
+        assert np.all(error <= of_u * size[-1] + 4 * last + 1e-12)
+
+    @pairs_of_dtypes(m_dtypes=("float16", *FLOAT8, "int8"))
+    def test_what_has_ended_is_0_and_stays_0(self, m_dtype, u_dtype):
+        """After a spike, and after gradients that are all the same."""
+        updates, m = narrow_updates(m_dtype, u_dtype)
+        ended = [0, 1, 8, 9]
+        np.testing.assert_array_equal(m[:, ended], 0)
+        moves = updates[:, 1000:, ended] != 0
+        # No zero is followed by another number.
+        assert not np.any(moves[:, 1:] & ~moves[:, :-1])
+
+    @pairs_of_dtypes(m_dtypes=("bfloat16",))
+    def test_bfloat16_shrinks_as_the_exact_mean(self, m_dtype, u_dtype):
+        """Its smallest number is that of float32, which is not reached at b1=0.997."""
+        updates, m = narrow_updates(m_dtype, u_dtype)
+        assert np.all(np.abs(updates[:, -1, [0, 1, 8, 9]]) < 1e-15)
+        np.testing.assert_array_equal(m[:2, [0, 1, 8, 9]], 0)
+
+    @pairs_of_dtypes()
+    def test_no_bias(self, m_dtype, u_dtype):
+        """The mean travel over 32 dither sequences, within 4 standard errors."""
+        steps, sequences = 300, 32
+        rng = np.random.default_rng(1)
+        sizes = 10 ** rng.uniform(-3, 0, [steps, 16])
+        g = np.float32(sizes * np.where(rng.random(sizes.shape) < 0.4, -1, 1))
+        # One u throughout, a power of 2 in all dtypes but for the decay of the scale.
+        g[0] = 1
+        optimizer = scale_by_adamax(0.9, 0.99999, 0.0, m_dtype=m_dtype, u_dtype=u_dtype)
+
+        def run(count, g):
+            def step(state, g_t):
+                update, state = optimizer.update(g_t, state)
+                return state, update
+
+            start = optimizer.init(g[0])._replace(count=count)
+            return jnp.sum(jax.lax.scan(step, start, g)[1], axis=0)
+
+        # So many steps later the bias correction is 1, and the hash another.
+        counts = 10_000 + 1_000_003 * jnp.arange(sequences, dtype=jnp.int32)
+        travel = np.asarray(jax.jit(jax.vmap(run, (0, None)))(counts, jnp.asarray(g)))
+        m, u, exact = 0.0, 0.0, 0.0
+        for g_t in g.astype(np.float64):
+            m = 0.9 * m + 0.1 * g_t
+            u = np.maximum(0.99999 * u, np.abs(g_t))
+            exact = exact + m / u
+        error = np.mean(travel, axis=0, dtype=np.float64) - exact
+        standard_error = np.std(travel, axis=0, ddof=1) / np.sqrt(sequences)
+        assert np.all(standard_error > 0)
+        assert np.all(np.abs(error) <= 4 * standard_error + 1e-4 * np.abs(exact))
+
+    @pairs_of_dtypes(u_dtypes=("float32", "uint8"))
+    def test_bound(self, m_dtype, u_dtype):
+        """Gradients that shrink as b2^t, which come closest to it, and others."""
+        updates, _ = narrow_updates(m_dtype, u_dtype)
+        t = np.arange(5000)[:, None]
+        closest = np.float32(0.999**t * 10.0 ** np.arange(-3, 3))
+        optimizer = scale_by_adamax(eps=0.0, m_dtype=m_dtype, u_dtype=u_dtype)
+        at_the_bound = updates_of(optimizer, jnp.asarray(closest))
+        largest = max(np.max(np.abs(updates[1])), float(jnp.max(at_the_bound)))
+        assert largest <= BOUNDS[m_dtype] / (
+            ROUNDING_LEAVES if u_dtype == "uint8" else 1
+        )
+
+
 @EVERY_STORAGE
 def test_bytes_of_ten_million_parameters(name):
     params = {"a": jnp.ones([1000, 9000]), "b": jnp.ones(1_000_000)}
@@ -494,3 +621,16 @@ def test_temporary_memory_is_no_more_than_optax_takes(name):
     with jax.numpy_dtype_promotion("standard"):
         allowed = temporary(optax.scale_by_adamax())
     assert temporary(scale_by_adamax(**STORAGES[name])) <= allowed + 1000
+
+
+@pytest.mark.parametrize("m_dtype", FLOAT8)
+def test_float8_keeps_nan(m_dtype):
+    """As other floats do: the coordinate stays NaN, and no other one is touched."""
+    optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype="float32")
+    g = jnp.array([jnp.nan, 1.0])
+    _, state = optimizer.update(g, optimizer.init(g))
+    for _ in range(3):
+        step, state = optimizer.update(jnp.ones(2), state)
+        np.testing.assert_array_equal(jnp.isnan(step), [True, False])
+        m, _ = moments(state)
+        np.testing.assert_array_equal(jnp.isnan(m), [True, False])
