@@ -22,7 +22,7 @@ from adamax_jax._checks import (
 )
 from adamax_jax._complex import by_parts, cast, dtype_like
 from adamax_jax._descend import decayed_weights, descend
-from adamax_jax._leaves import update_leaves
+from adamax_jax._leaves import dtypes_beside, update_leaves
 from adamax_jax._moments import (
     Coefficients,
     Rule,
@@ -113,21 +113,23 @@ def scale_by_adamax(
     Arithmetic is done in float32, or float64 where the state or the gradient is. The
     update has the gradient's dtype; but beside a parameter of more bits, if ``update``
     is given the parameters, that of the parameter, since float16 would round small
-    learning rates to 0. Complex gradients count by their modulus. A gradient of
+    learning rates to 0. (As in Optax, ``optax.apply_if_finite`` and others that return
+    either updates or zeros like the gradients then need gradients in the parameters'
+    dtype: cast them before.) Complex gradients count by their modulus. A gradient of
     ``None`` leaves that part of the state as it is, or counts as zero where u is stored
     below 32 bits, since that decays with all the others.
 
     **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
     without drift: each stored number is the exact one rounded once, at any age, and the
     decay is exact, as long as u / u_scale is a normal number of the dtype. What is
-    below its smallest number (above its largest) counts as that number, and where u
-    was cut down, m is too: steps keep their bound, times 1.14 for what rounding may
+    below its smallest number (above half of its largest) counts as that, for m as for
+    u: steps keep their bound, times 1.14 for what rounding may
     take off a uint8 u. An m below 32 bits is an average and cannot be exact. It is
     rounded up or down in proportion to its place between two numbers, by a hash of
     ``count``, without random keys: so it has no bias, small means are not lost, and
     where gradients stop it ends as it should. What it adds to m lengthens steps a
     little: beside a wide u the longest seen at the default rates, where the bound is
-    1.0091, were 1.03 in bfloat16, 1.011 in float16, 1.04 in int8, 1.12 in float8_e4m3fn
+    1.0091, were 1.04 in bfloat16, 1.011 in float16, 1.04 in int8, 1.12 in float8_e4m3fn
     and 1.23 in float8_e5m2. Derivatives do not pass through numbers stored in one byte.
     A state that was cast is not what it was, and is refused where that can be seen:
     :func:`convert_state` stores it in other dtypes.
@@ -144,17 +146,19 @@ def scale_by_adamax(
     and the bound above holds. It keeps size 1 along these axes, and where it is left, 4
     bytes for each row of a matrix are little: with m in int8 the state has one byte per
     parameter. (float8 is too coarse there for the means of coordinates far below the
-    slice's largest.) The update reads from the shapes of the state alone which axes are
-    shared; ``optax.flatten`` leaves none. Where parameters are divided along a shared
-    axis, the maximum is all that devices exchange; in ``jax.shard_map`` each would take
-    the maximum over its own part, and Flax's partitioning metadata, which u inherits,
-    cannot be met by its size of 1: divide along other axes there.
+    slice's largest.) Which axes are shared, the update reads from the shapes of the
+    state, but it refuses a state that shares none where the optimizer shares some, or
+    the other way round; ``optax.flatten`` leaves none. Where parameters are divided
+    along a shared axis, the maximum is all that devices exchange; in ``jax.shard_map``
+    each would take the maximum over its own part, and Flax's partitioning metadata,
+    which u inherits, cannot be met by its size of 1: divide along other axes there.
 
     **Not-a-number and infinity** are carried by the update in every storage. The state
     keeps them in floats (of 8 bits, too), so that the coordinate stays NaN; in uint8 u
     becomes the largest code and in int8 m becomes 0, which all but stops the coordinate
     for some ten thousand steps. A shared u hands that on to its whole slice (a NaN not
-    always across devices, whose exchange may drop it). To leave the state untouched by
+    always across devices, whose exchange may drop it): beside an infinite one, the
+    other coordinates do not move. To leave the state untouched by
     such a gradient, wrap the optimizer in ``optax.apply_if_finite``.
 
     Args:
@@ -260,7 +264,8 @@ def scale_by_adamax(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_state(state, ScaleByAdamaxState)
-        check_storage(state, m_dtype, u_dtype, shared_axes)
+        dtypes = dtypes_beside(params, state.m)
+        check_storage(state, m_dtype, u_dtype, shared_axes, dtypes)
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         dtype = scalar_dtype(updates, state.m, state.u)
@@ -281,7 +286,7 @@ def scale_by_adamax(
             updates,
             state.m,
             state.u,
-            params,
+            dtypes,
         )
         return step, ScaleByAdamaxState(count, m, u, next_u_scale)
 
@@ -324,8 +329,8 @@ def adamax(
 
     Returns:
       An optimizer whose updates are to be added to the parameters
-      (``optax.apply_updates``), in the gradients' dtypes. Its state is a tuple whose
-      first item is a :class:`ScaleByAdamaxState`.
+      (``optax.apply_updates``), in the dtypes of :func:`scale_by_adamax`. Its state is
+      a tuple whose first item is a :class:`ScaleByAdamaxState`.
 
     Raises:
       ValueError, TypeError: As :func:`scale_by_adamax`; also if ``learning_rate`` is

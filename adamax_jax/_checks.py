@@ -17,7 +17,12 @@ from jax.core import Tracer
 from adamax_jax._complex import dtype_like
 from adamax_jax._paths import is_inside, name_of
 from adamax_jax._shared import shape_of_shared
-from adamax_jax._storage import arithmetic_dtype, is_bounded_ratio, is_wide
+from adamax_jax._storage import (
+    arithmetic_dtype,
+    is_bounded_ratio,
+    is_ratio,
+    is_wide,
+)
 
 _COMPLEX_PARTS = (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
 
@@ -48,7 +53,12 @@ def check_finite(name: str, value: Any) -> Any:
 
 
 def check_scalar(name: str, value: Any) -> Any:
-    """Returns what a schedule returned, refusing an array of several numbers."""
+    """Returns what a schedule returned, refusing what is not one real number."""
+    is_number = hasattr(value, "dtype") or isinstance(value, int | float | complex)
+    if not is_number or jnp.iscomplexobj(value):
+        raise TypeError(
+            f"{name} must be a real number, but its schedule returned {value!r}."
+        )
     if jnp.shape(value) != ():
         raise ValueError(
             f"{name} must be a scalar, but its schedule returned an array of shape "
@@ -147,12 +157,17 @@ def check_params(params: Any, m_dtype: Any) -> None:
             check_complex(path, dtype, m_dtype)
 
 
-def check_rounding(rates: Mapping[str, Any], params: Any, *dtypes: Any) -> None:
+def check_rounding(
+    rates: Mapping[str, Any], params: Any, m_dtype: Any = None, u_dtype: Any = None
+) -> None:
     """Refuses decay rates that are 1 in the precision of some parameter."""
     arithmetic = {
-        arithmetic_dtype(jnp.result_type(p), *filter(None, dtypes))
+        arithmetic_dtype(jnp.result_type(p), *filter(None, (m_dtype, u_dtype)))
         for p in jax.tree.leaves(params)
     }
+    if u_dtype is not None and not is_wide(u_dtype):
+        # A narrow u decays by its scale, which is a float32.
+        arithmetic.add(jnp.float32)
     for name, rate in rates.items():
         if isinstance(rate, float) and any(
             jnp.dtype(d).type(rate) == 1 for d in arithmetic
@@ -160,7 +175,7 @@ def check_rounding(rates: Mapping[str, Any], params: Any, *dtypes: Any) -> None:
             raise ValueError(
                 f"{name}={rate!r} is 1 in float32, in which the optimizer computes "
                 "here, so that nothing would ever be forgotten: at most "
-                "0.99999994, or float64 parameters."
+                "0.99999994, or float64 parameters and state."
             )
 
 
@@ -174,8 +189,20 @@ def check_state(state: Any, kind: type) -> None:
         )
 
 
-def check_storage(state: Any, m_dtype: Any, u_dtype: Any, shared_axes: Any) -> None:
-    """Refuses a state that is not stored as the optimizer stores it."""
+def check_storage(
+    state: Any,
+    m_dtype: Any,
+    u_dtype: Any,
+    shared_axes: Any,
+    param_dtypes: Sequence[Any],
+) -> None:
+    """Refuses a state that is not stored as the optimizer stores it.
+
+    Args:
+      state: The state.
+      m_dtype, u_dtype, shared_axes: The optimizer's.
+      param_dtypes: The dtype of each parameter, None where it is not known.
+    """
     scale_dtype = jnp.result_type(state.u_scale)
     if scale_dtype != jnp.float32:
         raise TypeError(
@@ -188,8 +215,8 @@ def check_storage(state: Any, m_dtype: Any, u_dtype: Any, shared_axes: Any) -> N
         raise ValueError(
             f"The state has {len(m_leaves)} arrays in m but {len(u_leaves)} in u."
         )
-    for (path, m), u in zip(m_leaves, u_leaves, strict=True):
-        kind = m.dtype, u.dtype, m.shape, u.shape
+    for (path, m), u, p_dtype in zip(m_leaves, u_leaves, param_dtypes, strict=True):
+        kind = m.dtype, u.dtype, m.shape, u.shape, p_dtype
         if kind in checked:
             continue
         checked.add(kind)
@@ -204,26 +231,63 @@ def check_storage(state: Any, m_dtype: Any, u_dtype: Any, shared_axes: Any) -> N
                     f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, "
                     f"but this optimizer stores {wanted} ({name}_dtype). {_NO_CASTS}"
                 )
-        # What a function says of a parameter is known to init alone.
-        if not callable(shared_axes):
-            shape = shape_of_shared(path, m, shared_axes)
-            if u.shape != shape:
-                raise ValueError(
-                    f"The state's u at {name_of(path)} has shape {u.shape} beside m of "
-                    f"shape {m.shape}, but with this optimizer's shared_axes it has "
-                    f"{shape}. insert_state brings the state of an optimizer with "
-                    "other shared_axes into what init returns."
-                )
+        if m_dtype is None:
+            _check_ratio_like(path, m, p_dtype)
+        if u_dtype is None and p_dtype and is_wide(p_dtype) != is_wide(u.dtype):
+            raise _was_cast("u", path, u, p_dtype)
+        _check_sharing(path, m, u, shared_axes)
 
 
-def check_wide(state: Any) -> None:
-    """Refuses a u of the L^p family that was cast: it would drift."""
+def check_mean_of_family(state: Any, param_dtypes: Sequence[Any]) -> None:
+    """Refuses a state of the L^p family that was cast.
+
+    Its u would drift in few bits, and its m may be a ratio to u.
+    """
     for path, u in jax.tree.leaves_with_path(state.u):
         if not jnp.issubdtype(u.dtype, jnp.floating) or not is_wide(u.dtype):
             raise TypeError(
                 f"The state's u at {name_of(path)} has dtype {u.dtype}, in which it "
                 "would drift, instead of float32 or float64: cast it back."
             )
+    for (path, m), p_dtype in zip(
+        jax.tree.leaves_with_path(state.m), param_dtypes, strict=True
+    ):
+        # Of parameters of 8 bits m is in float32.
+        if p_dtype is None or p_dtype.itemsize > 1:
+            _check_ratio_like(path, m, p_dtype)
+
+
+def _check_ratio_like(path, m, p_dtype):
+    """Refuses an m that is a ratio to u where the parameter's dtype is not, or v.v."""
+    if p_dtype and is_ratio(p_dtype) != is_ratio(m.dtype):
+        raise _was_cast("m", path, m, p_dtype)
+
+
+def _was_cast(name, path, leaf, p_dtype):
+    return TypeError(
+        f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, but beside a "
+        f"parameter in {p_dtype} this optimizer stores it in that dtype, unless "
+        f"{name}_dtype says otherwise. {_NO_CASTS}"
+    )
+
+
+def _check_sharing(path, m, u, shared_axes):
+    """Refuses a u that is shared where the optimizer's is not, or the other way round.
+
+    A state of stacked layers may be updated layer by layer, with an axis less than at
+    init, and what a function says of a parameter is known to init alone: so which axes
+    are shared is read from the shapes.
+    """
+    if callable(shared_axes) or (shared_axes and u.shape != m.shape):
+        return
+    shape = shape_of_shared(path, m, shared_axes)
+    if u.shape != shape:
+        raise ValueError(
+            f"The state's u at {name_of(path)} has shape {u.shape} beside m of shape "
+            f"{m.shape}, but with this optimizer's shared_axes it has {shape}. "
+            "insert_state brings the state of an optimizer with other shared_axes into "
+            "what init returns."
+        )
 
 
 _NO_CASTS = (

@@ -25,14 +25,20 @@ def by_parts(function: Callable[..., Any], *arrays: jax.Array) -> Any:
 def within(x: jax.Array, largest: float) -> jax.Array:
     """What is finite, cut off at a largest size; complex numbers keep their direction.
 
-    Of a complex number that is the larger of its parts: its modulus may overflow.
+    Where the parts of a complex number are finite, it is, whatever its modulus.
     """
+    # As an array: a Python number is a float32 where x64 is off.
+    end = jnp.asarray(largest, jnp.real(x).dtype)
     if not jnp.iscomplexobj(x):
-        return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
-    size = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
-    is_beyond = jnp.isfinite(size) & (size > largest)
-    share = jnp.where(is_beyond, largest / jnp.where(is_beyond, size, 1), 1)
+        return jnp.where(jnp.isfinite(x), jnp.clip(x, -end, end), x)
+    half = jnp.abs(by_parts(lambda part: part / 2, x))
+    is_beyond = jnp.isfinite(half) & (half > end / 2)
+    # A little less, since the modulus of the product is rounded.
+    share = jnp.where(is_beyond, _LESS * (end / 2) / jnp.where(is_beyond, half, 1), 1)
     return by_parts(lambda part: part * share, x)
+
+
+_LESS = 1 - 2.0**-20
 
 
 def dtype_like(x: ArrayLike | DTypeLike, real: DTypeLike) -> Any:

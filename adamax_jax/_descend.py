@@ -74,8 +74,8 @@ def _which_decay(mask, params):
         return [True] * len(jax.tree.leaves(params))
     # As in Optax: a container of booleans that can itself be called, as an Equinox
     # module, is no function.
-    leaves = jax.tree.leaves(mask)
-    mask = mask(params) if leaves and all(map(callable, leaves)) else mask
+    is_function = callable(mask) and all(map(callable, jax.tree.leaves(mask)))
+    mask = mask(params) if is_function else mask
     check_mask(mask, params)
     return leaves_beside(mask, params)
 
@@ -100,7 +100,7 @@ def _scale(name, factor, sign):
     factor = check_finite(name, factor)
     return optax.stateless(
         lambda updates, params: jax.tree.map(
-            lambda g: _multiply(g, factor, sign=sign), updates
+            lambda g: _scaled(g, factor, sign), updates
         )
     )
 
@@ -111,7 +111,7 @@ def _scale_by_schedule(schedule, sign):
     def update_fn(updates, state, params=None):
         del params
         factor = schedule(state.count)
-        updates = jax.tree.map(lambda g: _multiply(g, factor, sign=sign), updates)
+        updates = jax.tree.map(lambda g: _scaled(g, factor, sign), updates)
         count = optax.safe_increment(state.count)
         return updates, optax.ScaleByScheduleState(count=count)
 
@@ -124,3 +124,10 @@ def _scale_by_schedule(schedule, sign):
 def _multiply(g, factor, *, sign):
     # Part by part, or an infinite part would make the other one NaN.
     return by_parts(lambda part: sign * jnp.asarray(factor, part.dtype) * part, g)
+
+
+def _scaled(g, factor, sign):
+    if isinstance(factor, float) and arithmetic_dtype(g.dtype) == jnp.float64:
+        # Where x64 is off, jax.jit takes a Python number for a float32.
+        factor = jnp.asarray(factor, jnp.float64)
+    return _multiply(g, factor, sign=sign)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.typing import ArrayLike
 from adamax_jax._checks import check_eps
 from adamax_jax._complex import cast
 from adamax_jax._paths import name_of
+from adamax_jax._quotient import quotient
 from adamax_jax._state import find_states, scale_of
 from adamax_jax._storage import as_stored, is_saturated, read
 
@@ -65,7 +67,8 @@ class Diagnosis:
     def _cells(self, name):
         total, column = self.total[name], self.table[name]
         # What is traced, abstract or of many steps is no number.
-        if isinstance(total, Tracer | jax.ShapeDtypeStruct) or total.ndim > 0:
+        is_abstract = isinstance(total, Tracer | jax.ShapeDtypeStruct)
+        if is_abstract or (np.ndim(total), np.ndim(column)) != (0, 1):
             return ["-"] * (1 + len(self.names))
         numbers = [total, *np.asarray(column)]
         return [format(float(number), _FORMATS[name]) for number in numbers]
@@ -183,14 +186,14 @@ def _row(stored_m, stored_u, u_scale, eps):
     """
     m, u = read(stored_m, stored_u, u_scale)
     m = jnp.abs(m).astype(u.dtype)
-    ratio = jnp.where(u == 0, 0, m / jnp.where(u == 0, 1, u))
+    ratio = quotient(m, u)
     # The optimizer's eps may have been rounded to float32.
     floor = jnp.asarray(eps, u.dtype) * (1 + 2**-20)
     floor = as_stored(floor, u_scale, stored_u.dtype)
     # Without m, gradients below the smallest number of a dtype would be none at all.
     # NaN counts as seen.
     seen = ~((u <= floor) & (stored_m == 0))
-    saturated = is_saturated(stored_m, stored_u)
+    saturated = is_saturated(stored_m, stored_u, u_scale)
 
     def count(where):
         return jnp.sum(where, dtype=jnp.float32)
@@ -210,7 +213,7 @@ def _row(stored_m, stored_u, u_scale, eps):
 
 def _largest(x):
     """The largest number of a dtype: not infinity, which jax.debug_infs reports."""
-    return float(jnp.finfo(x.dtype).max)
+    return jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
 
 
 def _over_all(columns):
@@ -229,8 +232,10 @@ def _over_all(columns):
 def _figures(sums):
     size = jnp.maximum(sums.size, 1)
     any_seen = sums.seen > 0
-    log_of_largest = jnp.log10(jnp.where(any_seen, sums.largest_u, 1))
-    log_of_smallest = jnp.log10(jnp.where(any_seen, sums.smallest_u, 1))
+    # Not log10, which divides by a float32 where x64 is off.
+    decade = jnp.asarray(math.log(10), sums.largest_u.dtype)
+    log_of_largest = jnp.log(jnp.where(any_seen, sums.largest_u, 1)) / decade
+    log_of_smallest = jnp.log(jnp.where(any_seen, sums.smallest_u, 1)) / decade
     # Equal numbers may differ in the last bit of their logarithms.
     decades = jnp.maximum(log_of_largest - log_of_smallest, 0)
     figures = {

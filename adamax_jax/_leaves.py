@@ -26,26 +26,47 @@ def leaves_beside(prefix: Any, tree: Any) -> list[Any]:
     ]
 
 
+def dtypes_beside(params: Any, m: Any) -> list[Any]:
+    """The dtype of the parameter for every leaf of m; None where it is not known.
+
+    The parameters may be missing, lie in other containers, or have functions where m
+    has None, as an Equinox model: none of the arithmetic needs them.
+    """
+    places, treedef = jax.tree.flatten(m, is_leaf=_is_none)
+    try:
+        beside = treedef.flatten_up_to(params)
+    except ValueError:
+        beside = [None] * len(places)
+    return [
+        getattr(p, "dtype", None)
+        for place, p in zip(places, beside, strict=True)
+        if place is not None
+    ]
+
+
 def update_leaves(
-    update_leaf: Callable[..., Any], updates: Any, m: Any, u: Any, params: Any
+    update_leaf: Callable[..., Any], updates: Any, m: Any, u: Any, dtypes: list[Any]
 ) -> tuple[Any, Any, Any]:
     """The trees of steps, m and u, made leaf by leaf.
 
     ``update_leaf`` has those of a leaf from g, m, u and the step's dtype: that of g, or
-    of the parameter, where it is known and has more bits.
+    of the parameter, in ``dtypes``, where it has more bits.
 
     A gradient of None has no step. It leaves a wide u and its m as they are. A narrow
     u decays with all the others, by their common scale, and so that no m is left beside
     a vanishing u, None counts as zero there.
     """
-    gradients = leaves_beside(updates, m)
-    dtypes = _step_dtypes(gradients, m, params)
     steps, new_m, new_u = [], [], []
     for g, leaf_m, leaf_u, dtype in zip(
-        gradients, jax.tree.leaves(m), jax.tree.leaves(u), dtypes, strict=True
+        leaves_beside(updates, m),
+        jax.tree.leaves(m),
+        jax.tree.leaves(u),
+        dtypes,
+        strict=True,
     ):
         if g is not None:
-            step, leaf_m, leaf_u = update_leaf(g, leaf_m, leaf_u, dtype)
+            step_dtype = _wider(jnp.result_type(g), dtype)
+            step, leaf_m, leaf_u = update_leaf(g, leaf_m, leaf_u, step_dtype)
             steps.append(step)
         elif not is_wide(leaf_u.dtype):
             kind = complex if jnp.iscomplexobj(leaf_m) else float
@@ -60,20 +81,8 @@ def update_leaves(
     )
 
 
-def _step_dtypes(gradients, m, params):
-    """The dtype of the step for every leaf of m; None where there is no gradient."""
-    own = [None if g is None else jnp.result_type(g) for g in gradients]
-    if params is None or all(dtype is None or is_wide(dtype) for dtype in own):
-        # The parameters are not looked at without need: they may be an Equinox model
-        # with functions in it, which m has None for.
-        return own
-    places, treedef = jax.tree.flatten(m, is_leaf=_is_none)
-    beside = zip(places, treedef.flatten_up_to(params), strict=True)
-    params = [p for place, p in beside if place is not None]
-    return [
-        None if d is None else max(d, jnp.result_type(p), key=lambda x: x.itemsize)
-        for d, p in zip(own, params, strict=True)
-    ]
+def _wider(dtype, other):
+    return dtype if other is None or other.itemsize <= dtype.itemsize else other
 
 
 def _is_none(leaf):

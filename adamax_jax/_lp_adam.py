@@ -14,15 +14,15 @@ from adamax_jax._checks import (
     check_decay,
     check_eps,
     check_gradients,
+    check_mean_of_family,
     check_order,
     check_params,
     check_rounding,
     check_state,
-    check_wide,
 )
 from adamax_jax._complex import by_parts, cast
 from adamax_jax._descend import decayed_weights, descend
-from adamax_jax._leaves import update_leaves
+from adamax_jax._leaves import dtypes_beside, update_leaves
 from adamax_jax._moments import (
     Coefficients,
     Rule,
@@ -204,7 +204,8 @@ def scale_by_lp_adam(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_state(state, ScaleByLpAdamState)
-        check_wide(state)
+        dtypes = dtypes_beside(params, state.m)
+        check_mean_of_family(state, dtypes)
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         dtype = scalar_dtype(updates, state.m, state.u)
@@ -214,7 +215,7 @@ def scale_by_lp_adam(
             updates,
             state.m,
             state.u,
-            params,
+            dtypes,
         )
         return step, ScaleByLpAdamState(count, m, u)
 
@@ -252,8 +253,8 @@ def lp_adam(
 
     Returns:
       An optimizer whose updates are to be added to the parameters
-      (``optax.apply_updates``), in the gradients' dtypes. Its state is a tuple whose
-      first item is a :class:`ScaleByLpAdamState`.
+      (``optax.apply_updates``), in the dtypes of :func:`scale_by_adamax`. Its state is
+      a tuple whose first item is a :class:`ScaleByLpAdamState`.
 
     Raises:
       ValueError, TypeError: As :func:`scale_by_lp_adam`; also if ``learning_rate`` is
@@ -406,7 +407,7 @@ def _mean_of_order_p(u, norm, c, known_p):
     change = jnp.where(is_close, c.decay * gain - c.one_minus_decay, gain)
     mean = base + base * change
     # A mean of finite numbers is finite, but may be rounded to infinity.
-    largest = jnp.finfo(mean.dtype).max
+    largest = jnp.asarray(jnp.finfo(mean.dtype).max, mean.dtype)
     mean = jnp.where(jnp.isinf(mean) & jnp.isfinite(maximum), largest, mean)
     return jnp.where(c.p < _INFINITE_ORDER, mean, maximum)
 

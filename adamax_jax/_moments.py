@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from adamax_jax._complex import within
 from adamax_jax._quotient import quotient
-from adamax_jax._storage import arithmetic_dtype
+from adamax_jax._storage import arithmetic_dtype, largest_stored
 
 
 class Rule(NamedTuple):
@@ -55,16 +55,14 @@ def scalar_dtype(*trees: Any) -> Any:
 
 
 def within_range(g: jax.Array, stored_m: jax.Array, stored_u: jax.Array) -> jax.Array:
-    """Gradients cut off at 2^126 where something made of them would overflow.
+    """Gradients cut off at what the state can hold, and a complex modulus be.
 
-    That is a complex modulus, a bfloat16 u that is divided by its scale, and whatever a
-    float32 state holds of float64 gradients (for a float64 state it is 2^1022). Plain
-    float32 gradients stay as they are.
+    What is beyond counts as the end of the range, for m as for u. Plain float32
+    gradients beside a float32 state stay as they are.
     """
-    dtype = arithmetic_dtype(stored_m.dtype, stored_u.dtype)
-    is_wider = arithmetic_dtype(g.dtype) != dtype
-    if is_wider or jnp.iscomplexobj(g) or stored_u.dtype == jnp.bfloat16:
-        return within(g, 2.0 ** (jnp.finfo(dtype).maxexp - 2))
+    largest = largest_stored(stored_m.dtype, stored_u.dtype)
+    if jnp.iscomplexobj(g) or largest < float(jnp.finfo(g.dtype).max):
+        return within(g, largest)
     return g
 
 

@@ -295,7 +295,9 @@ def _placed(leaves, like):
 def _place(new, old):
     """A copy that lies where the old array lies; inside of jax.jit, anywhere."""
     copy = jnp.array(new)
-    return copy if isinstance(old, Tracer) else jax.device_put(copy, old.sharding)
+    # Of a NumPy array, as of a state that was fetched, JAX chooses the place.
+    is_placed = isinstance(old, jax.Array) and not isinstance(old, Tracer)
+    return jax.device_put(copy, old.sharding) if is_placed else copy
 
 
 def _set_counts(tree, count):

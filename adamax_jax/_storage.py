@@ -85,6 +85,19 @@ def arithmetic_dtype(*dtypes: Any) -> Any:
     return jnp.float64 if is_double else jnp.float32
 
 
+def largest_stored(m_dtype: Any, u_dtype: Any) -> float:
+    """The largest gradient whose m and u these dtypes hold, whatever ``u_scale`` is."""
+    if u_dtype == jnp.uint8:
+        # That of code 255, times one half.
+        return 1.5 * 2.0**30
+    largest_u = float(jnp.finfo(u_dtype).max)
+    if not is_wide(u_dtype):
+        return largest_u / 2
+    return (
+        min(largest_u, float(jnp.finfo(m_dtype).max)) if is_wide(m_dtype) else largest_u
+    )
+
+
 def decay_scale(u_scale: jax.Array, b2: jax.Array) -> jax.Array:
     """The next ``u_scale``: ``b2 * u_scale``, doubled until it is at least one half."""
     scale = b2 * u_scale
@@ -148,9 +161,11 @@ def as_stored(u: jax.Array, u_scale: ArrayLike, dtype: Any) -> jax.Array:
     return _read_u(_write_u(u, u_scale, dtype), u_scale)
 
 
-def is_saturated(stored_m: jax.Array, stored_u: jax.Array) -> jax.Array:
-    """Where a stored m or u is the first or the last number of its dtype."""
-    return _is_saturated_m(stored_m) | _is_saturated_u(stored_u)
+def is_saturated(
+    stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike
+) -> jax.Array:
+    """Where a stored m or u is at an end of the range of its dtype."""
+    return _is_saturated_m(stored_m) | _is_saturated_u(stored_u, u_scale)
 
 
 def dither(count: jax.Array) -> jax.Array:
@@ -306,11 +321,13 @@ def _range_ends_below(dtype, wider):
     return dtype == jnp.uint8 or jnp.finfo(dtype).maxexp < jnp.finfo(wider).maxexp
 
 
-def _is_saturated_u(stored):
+def _is_saturated_u(stored, u_scale):
     if is_wide(stored.dtype):
         return jnp.zeros(stored.shape, bool)
-    smallest, largest = _ends(stored.dtype)
-    return (stored == smallest) | (stored == largest)
+    smallest, _ = _ends(stored.dtype)
+    # Where gradients were cut off there, but for the rounding.
+    largest = _ROUNDING_LEAVES * largest_stored(jnp.float32, stored.dtype)
+    return (stored == smallest) | (_read_u(stored, u_scale) >= largest)
 
 
 def _is_saturated_m(stored):

@@ -135,13 +135,14 @@ def _parameter_of(path, shape, by_end):
 
     The longest end that the two paths share tells, and of several parameters with this
     end the one that has no longer path: usually the end is all of it, but
-    optax.lookahead keeps the parameters twice, and state once.
+    optax.lookahead keeps the parameters twice, and state once. An array of another
+    shape than the parameters with this end belongs to none.
     """
-    for end in ends_of(path):
-        fitting = [p for p in by_end.get(end, []) if is_shared(shape, p.shape)]
-        if fitting:
-            return min(fitting, key=lambda p: (len(p.path), p.shape != shape))
-    return _Parameter(path, shape, PartitionSpec())
+    end = next((end for end in ends_of(path) if end in by_end), None)
+    fitting = [p for p in by_end.get(end, []) if is_shared(shape, p.shape)]
+    if not fitting:
+        return _Parameter(path, shape, PartitionSpec())
+    return min(fitting, key=lambda p: (len(p.path), p.shape != shape))
 
 
 def _own_spec(path, leaf, mesh):

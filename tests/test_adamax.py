@@ -1,5 +1,6 @@
 """What a training loop may do with the state and the updates."""
 
+import collections
 import functools
 import pickle
 
@@ -482,19 +483,14 @@ class TestEndsOfTheRange:
     )
 
     def assert_first_steps(self, optimizer, g, expected):
-        """Constant gradients: each step is the sign, whatever the size.
-
-        Only the first where u is cut down to the largest number of its dtype, and m
-        with it, so that the next gradient finds the state of a smaller one.
-        """
+        """Constant gradients: each step is the sign, whatever the size."""
         state = optimizer.init(jnp.zeros_like(g, dtype_of_state(g)))
-        steps = 3 if state.u.dtype in (jnp.float32, jnp.bfloat16) else 1
         # Half the distance of two codes of an int8 m is 2.8 % of m there.
         rtol = 0.03 if state.m.dtype == jnp.int8 else 0.01
         for jit in (False, True):
             update = jax.jit(optimizer.update) if jit else optimizer.update
             state = optimizer.init(jnp.zeros_like(g, dtype_of_state(g)))
-            for _ in range(steps):
+            for _ in range(3):
                 step, state = update(g, state)
                 np.testing.assert_allclose(step, expected, rtol=rtol)
                 floats = [x.astype(jnp.complex64) for x in jax.tree.leaves(state)]
@@ -601,3 +597,68 @@ def test_float64_where_x64_is_off(explicit_x64, optimizer, jit):
         chex.assert_type([step, state.m, state.u], jnp.float64)
         np.testing.assert_allclose(step, expected.update, rtol=1e-12)
         np.testing.assert_allclose(state.u, expected.u, rtol=1e-14)
+
+
+@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("u_dtype", ["float16", "float8_e5m2", "uint8"])
+def test_constant_gradients_beyond_what_u_holds(m_dtype, u_dtype):
+    """Count as the end of its range, for m as for u: steps of 1 at every age."""
+    g = jnp.array([1e11, -40_000.0, 3e38])
+    optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype)
+
+    def step(state, _):
+        updates, state = optimizer.update(g, state)
+        return state, updates
+
+    _, steps = jax.lax.scan(step, optimizer.init(g), length=2000)
+    expected = np.broadcast_to(np.sign(g), steps.shape)
+    # The rounding of u, and that of an int8 m.
+    of_u = 1e-3 if u_dtype == "float16" else 1 / 8
+    np.testing.assert_allclose(steps, expected, rtol=of_u + 0.05)
+
+
+def test_gradients_that_are_just_finite_are_not_cut_off_in_float32():
+    """The second step of a real or a complex leaf, whose modulus is finite."""
+    sequence = [np.float64([3e38]), np.float64([8e37])]
+    *_, expected = reference.adamax(sequence)
+    for dtype in (jnp.float32, jnp.complex64):
+        for optimizer in (scale_by_adamax(), scale_by_lp_adam(jnp.inf)):
+            state = optimizer.init(jnp.zeros(1, dtype))
+            for g in sequence:
+                step, state = optimizer.update(jnp.asarray(g, dtype), state)
+            np.testing.assert_allclose(jnp.real(step), expected.update, rtol=1e-5)
+
+
+@EVERY_OPTIMIZER
+def test_a_float64_parameter_keeps_steps_of_float64(x64, factory):
+    params, g = jnp.zeros(3), jnp.ones(3, jnp.float32)
+    optimizer = factory(1e-3)
+    updates, _ = optimizer.update(g, optimizer.init(params), params)
+    chex.assert_type(updates, jnp.float64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+def test_parameters_in_other_containers_are_not_looked_at(dtype):
+    """The arithmetic of AdaMax needs none."""
+    params = collections.OrderedDict(b=jnp.ones(2))
+    g = {"b": jnp.ones(2, dtype)}
+    optimizer = adamax(0.1)
+    updates, _ = optimizer.update(g, optimizer.init({"b": jnp.ones(2)}), params)
+    chex.assert_type(updates["b"], dtype)
+
+
+@pytest.mark.parametrize("rate", [0.1, lambda count: 0.1])
+def test_the_learning_rate_where_x64_is_off(explicit_x64, rate):
+    params = jnp.zeros(2, jnp.float64)
+    optimizer = adamaxw(rate, eps=0.0, weight_decay=0.0)
+    updates, _ = optimizer.update(params + 1, optimizer.init(params), params)
+    exact = 1e-15 if not callable(rate) else 1e-8
+    np.testing.assert_allclose(updates, -0.1, rtol=exact)
+
+
+def test_diagnosis_where_x64_is_off(explicit_x64):
+    g = jnp.array([1e-300, 1.0], jnp.float64)
+    optimizer = scale_by_adamax(eps=0.0)
+    _, state = optimizer.update(g, optimizer.init(g))
+    total = adamax_jax.diagnose(state, eps=0.0).total
+    np.testing.assert_allclose(total["decades"], 300, rtol=1e-6)

@@ -306,3 +306,16 @@ def test_what_is_compiled_for_many_parameters():
     ten, twenty, thirty = map(kernels, (10, 20, 30))
     # Seven sums and maxima, and what puts them together.
     assert thirty - twenty == twenty - ten <= 10 * 8
+
+
+def test_a_shared_u_beyond_its_reciprocal():
+    g = jnp.full([2, 2], 2e38)
+    total = diagnose(run(adamax(shared_axes=-1), [g])).total
+    assert float(total["max"]) == pytest.approx(0.1)
+
+
+def test_figures_that_were_put_together_are_printed_as_dashes():
+    diagnosis = diagnose(adamax().init({"a": jnp.ones(2), "b": jnp.ones(2)}))
+    for function in (lambda x: x.mean(), lambda x: x[None]):
+        assert "-" in str(jax.tree.map(function, diagnosis))
+    assert str(jax.tree.map(lambda x: x.tolist(), diagnosis)) == str(diagnosis)

@@ -488,3 +488,47 @@ def test_a_parameter_of_one_byte_needs_a_bounded_ratio(dtype):
     with pytest.raises(ValueError, match=r"b1 < b2, got b1=0.9 and b2=0.5"):
         scale_by_adamax(0.9, 0.5).init(params)
     scale_by_adamax(0.9, 0.5, m_dtype="float32").init(params)
+
+
+@pytest.mark.parametrize("optimizer", [adamax(0.1), lp_adam(0.1, p=2)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(jnp.float16, jnp.float32), (jnp.float32, jnp.float16)]
+)
+def test_a_mean_in_float16_that_was_cast(optimizer, before, after):
+    """It is a ratio to u: beside the parameter that can be seen."""
+    params = jnp.ones(2, before)
+    state = optimizer.init(params)
+    cast = (state[0]._replace(m=state[0].m.astype(after)), *state[1:])
+    with pytest.raises(TypeError, match=r"m at .* has dtype .* parameter in float"):
+        optimizer.update(params, cast, params)
+
+
+def test_a_bfloat16_state_cast_beside_its_parameters():
+    optimizer = adamax(0.1)
+    params = jnp.ones(2, jnp.bfloat16)
+    state = cast_floats(optimizer.init(params), jnp.float32)
+    with pytest.raises(TypeError, match=r"u at .* float32, .* parameter in bfloat16"):
+        optimizer.update(params, state, params)
+
+
+def test_the_scale_of_a_narrow_u_decays_in_float32(x64):
+    params = jnp.ones(2, jnp.float64)
+    optimizer = scale_by_adamax(b2=0.99999999, m_dtype="float64", u_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"b2=0\.99999999 is 1 in float32"):
+        optimizer.init(params)
+    scale_by_adamax(b2=0.99999999).init(params)
+
+
+@pytest.mark.parametrize("factory", DECAYED)
+def test_functions_in_a_container_are_no_mask(factory):
+    params = {"a": jnp.ones(2)}
+    optimizer = factory(learning_rate=0.1, mask={"a": lambda p: True})
+    with pytest.raises(TypeError, match=r"tree of booleans, got <function .*\['a'\]"):
+        optimizer.update(params, optimizer.init(params), params)
+
+
+@pytest.mark.parametrize("value", [1j, None, "0.1", jnp.ones([], jnp.complex64)])
+def test_schedules_that_return_no_real_number(value):
+    optimizer = adamax(lambda count: value)
+    with pytest.raises(TypeError, match="learning_rate must be a real number, but its"):
+        optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))

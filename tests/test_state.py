@@ -368,3 +368,11 @@ def test_a_shared_u_is_read_as_any_other():
     narrow = convert_state(state, **STORAGES["two bytes"])
     assert narrow[0].u.shape == (4, 1) and narrow[0].u.dtype == jnp.uint8
     np.testing.assert_allclose(moments(narrow)[1], u, rtol=ROUNDING_OF_U["two bytes"])
+
+
+def test_a_state_that_was_fetched_takes_another():
+    """NumPy arrays have no sharding."""
+    params = {"a": jnp.ones(3)}
+    given = adamax(0.1).init(params)[0]._replace(count=jnp.int32(3))
+    state = insert_state(jax.device_get(adamax(0.1).init(params)), given)
+    assert int(state[0].count) == 3

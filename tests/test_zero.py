@@ -155,6 +155,21 @@ def check_the_longest_end_of_a_path_decides():
     for trace, m, u in states(nested):
         assert trace == m == u
         assert m == {"a": {"w": P("model", "data")}, "w": P("data", "model")}
+    # An array of another shape than its own parameter is not like any other one.
+    params = {
+        "a": {"w": abstract(16, 32, sharding=NamedSharding(mesh, P()))},
+        "w": parameter("model", None),
+    }
+
+    def init(params):
+        return {"L": jax.tree.map(lambda p: jnp.zeros([p.shape[0]] * 2), params)}
+
+    preconditioner = optax.GradientTransformation(init, None)
+    shardings = zero_shardings(preconditioner, params, mesh, "data")
+    assert specs(shardings)["L"] == {
+        "a": {"w": P("data")},
+        "w": P("model", "data"),
+    }
 
 
 def check_a_state_that_exists():
