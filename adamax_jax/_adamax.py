@@ -403,7 +403,8 @@ def adamaxw(
       mask: Which parameters decay: a tree of booleans with the structure of the
         parameters or a prefix of it, or a function that returns one, given the
         parameters. None: all of them. With ``optax.inject_hyperparams`` pass that
-        ``static_args="mask"``: it takes a function for a schedule.
+        ``static_args="mask"``: it takes a function for a schedule, gives it the count
+        instead of the parameters, and what comes back would decay all of them or none.
 
     The other arguments are explained at :func:`scale_by_adamax`.
 
