@@ -27,8 +27,7 @@ def within(x: jax.Array, largest: float) -> jax.Array:
 
     Where the parts of a complex number are finite, it is, whatever its modulus.
     """
-    # As an array: a Python number is a float32 where x64 is off.
-    end = jnp.asarray(largest, jnp.real(x).dtype)
+    end = number(largest, jnp.real(x).dtype)
     if not jnp.iscomplexobj(x):
         return jnp.where(jnp.isfinite(x), jnp.clip(x, -end, end), x)
     half = jnp.abs(by_parts(lambda part: part / 2, x))
@@ -53,4 +52,14 @@ def dtype_like(x: ArrayLike | DTypeLike, real: DTypeLike) -> Any:
 
 def cast(tree: Any, real: DTypeLike) -> Any:
     """The numbers of a tree in the dtype ``real``, or in parts of it."""
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype_like(x, real)), tree)
+    return jax.tree.map(lambda x: number(x, dtype_like(x, real)), tree)
+
+
+def number(x: Any, dtype: DTypeLike) -> jax.Array:
+    """A number as an array of a dtype, also of float64 where x64 is off.
+
+    There a Python number is a float32, for jnp.asarray too before JAX 0.11.
+    """
+    if isinstance(x, float) and jnp.dtype(dtype) == jnp.float64:
+        return jnp.full([], x, dtype)
+    return jnp.asarray(x, dtype)

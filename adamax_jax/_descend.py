@@ -16,7 +16,7 @@ from adamax_jax._checks import (
     check_scalar,
     check_shapes,
 )
-from adamax_jax._complex import by_parts, dtype_like
+from adamax_jax._complex import by_parts, dtype_like, number
 from adamax_jax._leaves import leaves_beside
 from adamax_jax._storage import arithmetic_dtype
 
@@ -129,5 +129,5 @@ def _multiply(g, factor, *, sign):
 def _scaled(g, factor, sign):
     if isinstance(factor, float) and arithmetic_dtype(g.dtype) == jnp.float64:
         # Where x64 is off, jax.jit takes a Python number for a float32.
-        factor = jnp.asarray(factor, jnp.float64)
+        factor = number(factor, jnp.float64)
     return _multiply(g, factor, sign=sign)

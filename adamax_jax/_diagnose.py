@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from adamax_jax._checks import check_eps
-from adamax_jax._complex import cast
+from adamax_jax._complex import cast, number
 from adamax_jax._paths import name_of
 from adamax_jax._quotient import quotient
 from adamax_jax._state import find_states, scale_of
@@ -188,7 +188,7 @@ def _row(stored_m, stored_u, u_scale, eps):
     m = jnp.abs(m).astype(u.dtype)
     ratio = quotient(m, u)
     # The optimizer's eps may have been rounded to float32.
-    floor = jnp.asarray(eps, u.dtype) * (1 + 2**-20)
+    floor = number(eps, u.dtype) * (1 + 2**-20)
     floor = as_stored(floor, u_scale, stored_u.dtype)
     # Without m, gradients below the smallest number of a dtype would be none at all.
     # NaN counts as seen.
@@ -213,7 +213,7 @@ def _row(stored_m, stored_u, u_scale, eps):
 
 def _largest(x):
     """The largest number of a dtype: not infinity, which jax.debug_infs reports."""
-    return jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
+    return number(float(jnp.finfo(x.dtype).max), x.dtype)
 
 
 def _over_all(columns):
@@ -233,7 +233,7 @@ def _figures(sums):
     size = jnp.maximum(sums.size, 1)
     any_seen = sums.seen > 0
     # Not log10, which divides by a float32 where x64 is off.
-    decade = jnp.asarray(math.log(10), sums.largest_u.dtype)
+    decade = number(math.log(10), sums.largest_u.dtype)
     log_of_largest = jnp.log(jnp.where(any_seen, sums.largest_u, 1)) / decade
     log_of_smallest = jnp.log(jnp.where(any_seen, sums.smallest_u, 1)) / decade
     # Equal numbers may differ in the last bit of their logarithms.

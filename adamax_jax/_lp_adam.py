@@ -20,7 +20,7 @@ from adamax_jax._checks import (
     check_rounding,
     check_state,
 )
-from adamax_jax._complex import by_parts, cast
+from adamax_jax._complex import by_parts, cast, number
 from adamax_jax._descend import decayed_weights, descend
 from adamax_jax._leaves import dtypes_beside, update_leaves
 from adamax_jax._moments import (
@@ -358,20 +358,21 @@ def _coefficients(p, b1, b2, eps, count, dtype):
     t = jnp.asarray(count, dtype)
     # Also before it is an array: jax.debug_infs looks at those.
     p = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
-    p = jnp.minimum(jnp.asarray(p, dtype), _INFINITE_ORDER)
+    p = jnp.minimum(number(p, dtype), _INFINITE_ORDER)
     w = one_minus_power(b2, p) / one_minus_power(b2, p * t)
     # 1 - w = b2^p (1 - w b2^(p (t - 1))). The decay is the p-th root of that: b2 times
     # a factor that tends to 1, whose logarithm this is. At t = 1 the factor would be 0,
     # which has no logarithm; u is 0 before it, so that any other decay does as well.
     past = jnp.maximum(t - 1, 1)
     log_factor = jnp.log1p(-w * (1 - one_minus_power(b2, p * past))) / p
-    rate = jnp.asarray(b2, dtype)
+    rate = number(b2, dtype)
     return _Coefficients(
         both=coefficients(b1, eps, t),
         p=p,
         decay=rate * jnp.exp(log_factor),
-        one_minus_decay=jnp.asarray(1 - b2, dtype) - rate * jnp.expm1(log_factor),
-        weight=jnp.exp(jnp.log(w) / p),
+        one_minus_decay=number(1 - b2, dtype) - rate * jnp.expm1(log_factor),
+        # Rounded, it may be above 1, and its product with the largest number infinite.
+        weight=jnp.minimum(jnp.exp(jnp.log(w) / p), 1),
         dither=dither(count),
     )
 
@@ -407,7 +408,7 @@ def _mean_of_order_p(u, norm, c, known_p):
     change = jnp.where(is_close, c.decay * gain - c.one_minus_decay, gain)
     mean = base + base * change
     # A mean of finite numbers is finite, but may be rounded to infinity.
-    largest = jnp.asarray(jnp.finfo(mean.dtype).max, mean.dtype)
+    largest = number(float(jnp.finfo(mean.dtype).max), mean.dtype)
     mean = jnp.where(jnp.isinf(mean) & jnp.isfinite(maximum), largest, mean)
     return jnp.where(c.p < _INFINITE_ORDER, mean, maximum)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from adamax_jax._complex import within
+from adamax_jax._complex import number, within
 from adamax_jax._quotient import quotient
 from adamax_jax._storage import arithmetic_dtype, largest_stored
 
@@ -97,11 +97,9 @@ def one_minus_power(b: ArrayLike, t: ArrayLike) -> jax.Array:
     if isinstance(b, float):
         if b == 0:
             return jnp.ones_like(t)
-        # Not as a Python number, which is a float32 where x64 is off, also beside a
-        # float64.
-        return -jnp.expm1(t * jnp.asarray(math.log(b), jnp.result_type(t)))
+        return -jnp.expm1(t * number(math.log(b), jnp.result_type(t)))
     t = jnp.asarray(t)
-    b = jnp.asarray(b, t.dtype)
+    b = number(b, t.dtype)
     # The inner where keeps the derivative at b = 0 finite.
     is_zero = b == 0
     log_b = jnp.log(jnp.where(is_zero, 1, b))

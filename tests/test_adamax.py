@@ -657,7 +657,7 @@ def test_the_learning_rate_where_x64_is_off(explicit_x64, rate):
 
 
 def test_diagnosis_where_x64_is_off(explicit_x64):
-    g = jnp.array([1e-300, 1.0], jnp.float64)
+    g = jnp.asarray(np.array([1e-300, 1.0]), jnp.float64)
     optimizer = scale_by_adamax(eps=0.0)
     _, state = optimizer.update(g, optimizer.init(g))
     total = adamax_jax.diagnose(state, eps=0.0).total

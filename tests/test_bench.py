@@ -59,6 +59,8 @@ def array_operations(executable):
 def test_a_float32_step_has_the_operations_of_optax(leaves):
     """On arrays, and a product by 2: half the mean is divided, which cannot overflow.
 
+    Some versions of XLA multiply the learning rate by it, which leaves none.
+
     The scalars of the bias correction are computed otherwise.
     """
     arrays = shapes.many(leaves, LEAF)
@@ -68,7 +70,7 @@ def test_a_float32_step_has_the_operations_of_optax(leaves):
     assert expected["fusion"] == 3 * leaves
     assert expected["maximum"] == expected["divide"] == leaves
     doubling = collections.Counter({"multiply": leaves, "broadcast": leaves})
-    assert array_operations(ours) == expected + doubling
+    assert array_operations(ours) in (expected, expected + doubling)
     scalars = operations(ours) - operations(theirs)
     scalars -= doubling + collections.Counter({"constant": leaves})
     # And u_scale is one more. None of this is done for every leaf.
