@@ -17,6 +17,14 @@ from adamax_jax._lp_adam import (
     scale_by_lp_adam,
 )
 
+# Parameters in half precision.
+from adamax_jax._residual import (
+    MasterWeightsState,
+    full_params,
+    master_weights,
+    set_full_params,
+)
+
 # A state: read, stored otherwise, put into an optimizer.
 from adamax_jax._state import convert_state, insert_state, moments
 
@@ -27,6 +35,7 @@ __version__ = version("adamax_jax")
 
 __all__ = [
     "Diagnosis",
+    "MasterWeightsState",
     "ScaleByAdamaxState",
     "ScaleByLpAdamState",
     "adamax",
@@ -35,12 +44,15 @@ __all__ = [
     "diagnose",
     "from_optax",
     "from_torch",
+    "full_params",
     "insert_state",
     "lp_adam",
     "lp_adamw",
+    "master_weights",
     "moments",
     "scale_by_adamax",
     "scale_by_lp_adam",
+    "set_full_params",
     "to_optax",
     "zero_shardings",
 ]

@@ -67,20 +67,20 @@ def check_scalar(name: str, value: Any) -> Any:
     return value
 
 
-def check_dtype(name: str, value: Any, allowed: Sequence[str]) -> Any:
+def check_dtype(
+    name: str, value: Any, allowed: Sequence[str], *, optional: bool = True
+) -> Any:
     """Returns what to store in as a dtype, refusing what has no meaning here."""
-    if value is None:
+    if value is None and optional:
         return None
+    choice = f"{'None or ' if optional else ''}one of {', '.join(allowed)}"
     try:
-        dtype = jnp.dtype(value)
+        # NumPy takes None for float64.
+        dtype = jnp.dtype("None" if value is None else value)
     except TypeError as error:
-        raise TypeError(
-            f"{name} must be None or one of {', '.join(allowed)}, got {value!r}."
-        ) from error
+        raise TypeError(f"{name} must be {choice}, got {value!r}.") from error
     if dtype.name not in allowed:
-        raise ValueError(
-            f"{name} must be None or one of {', '.join(allowed)}, got {dtype.name}."
-        )
+        raise ValueError(f"{name} must be {choice}, got {dtype.name}.")
     return dtype
 
 

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from adamax_jax._adamax import ScaleByAdamaxState
 from adamax_jax._checks import check_complex, check_dtype
 from adamax_jax._complex import cast, dtype_like
-from adamax_jax._paths import is_inside, name_of
+from adamax_jax._paths import is_inside, name_of, path_finder
 from adamax_jax._shared import can_reshare, reshare
 from adamax_jax._storage import M_DTYPES, U_DTYPES, arithmetic_dtype, read, write
 
@@ -253,12 +253,10 @@ def _rewrite(m, u, u_scale, m_dtypes, like_u):
 def _leaves_like(target, given, fits):
     """The given leaves in the order of the target's, found by their paths."""
     leaves = dict(jax.tree.leaves_with_path(given))
-    inside = {key[:-1]: key for key in leaves}
+    find = path_finder(leaves)
     found = []
     for path, place in jax.tree.leaves_with_path(target):
-        # A container around a single array adds an entry, here or there: Flax NNX's
-        # variables.
-        key = path if path in leaves else inside.get(path, path[:-1])
+        key = find(path)
         if key not in leaves:
             raise ValueError(f"The state to insert has no leaf at {name_of(path)}.")
         leaf = leaves.pop(key)
@@ -289,10 +287,10 @@ def _is_masked(leaf):
 def _placed(leaves, like):
     """A tree of copies that lie where the leaves of another lie."""
     old, treedef = jax.tree.flatten(like)
-    return jax.tree.unflatten(treedef, map(_place, leaves, old))
+    return jax.tree.unflatten(treedef, map(place, leaves, old))
 
 
-def _place(new, old):
+def place(new: Any, old: Any) -> jax.Array:
     """A copy that lies where the old array lies; inside of jax.jit, anywhere."""
     copy = jnp.array(new)
     # Of a NumPy array, as of a state that was fetched, JAX chooses the place.
@@ -318,7 +316,7 @@ def _set_counts(tree, count):
             name: _set_counts(value, count) for name, value in node._asdict().items()
         }
         # Each its own copy: an array may be donated only once.
-        fields["count"] = jax.tree.map(lambda old: _place(count, old), node.count)
+        fields["count"] = jax.tree.map(lambda old: place(count, old), node.count)
         return node._replace(**fields)
 
     return jax.tree.map(set_count, tree, is_leaf=lambda x: isinstance(x, types))

@@ -1,5 +1,7 @@
 """The table of the README: each case in Optax's AdaMax, and here."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,3 +134,32 @@ def test_error_of_a_constant_gradients_update(module, expected):
         update, state = step(g, state)
         worst = max(worst, abs(float(update[0]) - 1))
     assert worst == pytest.approx(expected, rel=0.25)
+
+
+@both(0.99, 0.014)
+def test_bfloat16_parameters_on_a_noisy_quadratic(module, expected):
+    optimizer = module.adamax(1e-3)
+    if module is adamax_jax:
+        optimizer = adamax_jax.master_weights(optimizer)
+    distance = functools.partial(distance_to_the_minimum, steps=20_000)
+    assert distance(optimizer, jnp.bfloat16) == pytest.approx(expected, rel=0.02)
+    assert distance(optax.adamax(1e-3), jnp.float32) == pytest.approx(0.014, rel=0.02)
+
+
+def distance_to_the_minimum(optimizer, dtype, steps):
+    """From 1, in the root mean square over 1000 dimensions."""
+
+    def step(carry, key):
+        params, state = carry
+        noise = jax.random.normal(key, params.shape)
+        g = (params.astype(jnp.float32) - minimum + noise).astype(dtype)
+        updates, state = optimizer.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    minimum = jax.random.normal(jax.random.key(1), [1000])
+    params = (minimum + jax.random.rademacher(jax.random.key(2), [1000])).astype(dtype)
+    keys = jax.random.split(jax.random.key(3), steps)
+    (params, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+    if isinstance(state, adamax_jax.MasterWeightsState):
+        params = adamax_jax.full_params(params, state)
+    return float(jnp.sqrt(jnp.mean((params.astype(jnp.float32) - minimum) ** 2)))

@@ -59,10 +59,20 @@ def test_one_byte_example(capsys):
     assert sum(x.nbytes for x in adam) == int(stated[1])
 
 
+def test_half_precision_example():
+    # Optax adds float32 updates to bfloat16 parameters.
+    with jax.numpy_dtype_promotion("standard"):
+        names = run(EXAMPLES[4])
+    assert names["params"]["kernel"].dtype == jnp.bfloat16
+    assert jnp.all(names["full"]["kernel"] == jnp.float32(0.999))
+    arrays = [x for x in jax.tree.leaves((names["params"], names["state"])) if x.ndim]
+    assert sum(x.nbytes for x in arrays) == 6 * 64 * 8
+
+
 def test_family_example():
     # Optax's schedule mixes integers and floats.
     with jax.numpy_dtype_promotion("standard"):
-        optimizer = run(EXAMPLES[4])["optimizer"]
+        optimizer = run(EXAMPLES[5])["optimizer"]
         state = optimizer.init(jnp.ones(3))
         updates, state = optimizer.update(jnp.ones(3), state)
     assert updates.tolist() == pytest.approx([-3e-3] * 3, rel=1e-5)
@@ -70,7 +80,7 @@ def test_family_example():
 
 
 def test_devices_example():
-    names = run(EXAMPLES[5])
+    names = run(EXAMPLES[6])
     # Ten steps downhill, each of at most the learning rate.
     kernel = names["params"]["kernel"]
     assert jnp.all((kernel > 0.89) & (kernel < 0.98))
@@ -78,7 +88,7 @@ def test_devices_example():
 
 
 def test_diagnosis_example(capsys):
-    run(EXAMPLES[6])
+    run(EXAMPLES[7])
     table = re.search(r"print\(diagnose.*?^```\n\n```\n(.*?)^```", README, FLAGS)[1]
     assert capsys.readouterr().out == table
 
@@ -88,7 +98,7 @@ def test_torch_example():
     recorded = peers.torch_model()
     weights = {name: steps[0] for name, steps in recorded.params.items()}
     names = run(
-        EXAMPLES[7],
+        EXAMPLES[8],
         to_jax=lambda weights: {k: jnp.asarray(v.T) for k, v in weights.items()},
         torch_model=SimpleNamespace(
             state_dict=lambda: weights, named_parameters=weights.items

@@ -1,0 +1,157 @@
+"""A float32 number as one in half precision and a residual: ``join`` and ``split``.
+
+With p the nearest half-precision number to x, and r the residual:
+
+- bfloat16 is the first half of a float32. With both read as integers,
+  ``bits(x) = 2^16 bits(p) + r``: r is at most 2^15, and 16 bits hold it exactly.
+- float16 has other exponents. ``x = p + r ulp(p) / 2^15``, where ulp(p) is the distance
+  of p to the next number: r is at most 2^14, and exact for x above 2^-16.
+
+A residual of 8 bits is the first half of that.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def is_half(x: Any) -> bool:
+    """Whether x is in half precision."""
+    return jnp.result_type(x) in _HALF
+
+
+def threshold_of(count: jax.Array) -> jax.Array:
+    """A number in [0, 1) for each count, by which a residual of 8 bits is rounded up.
+
+    Multiples of the golden ratio: of any numbers in a row, or of every second or tenth,
+    each part of the range has its share, so that a step far below the smallest residual
+    moves a parameter at the right speed.
+    """
+    x = count.astype(jnp.uint32) * np.uint32(0x9E3779B9)
+    return (x >> 8).astype(jnp.float32) * 2.0**-24
+
+
+@jax.custom_jvp
+def join(p: jax.Array, r: jax.Array) -> jax.Array:
+    """The float32 numbers x that p and r stand for; their derivative by p is 1."""
+    if p.dtype == jnp.float16:
+        return p.astype(jnp.float32) + r.astype(jnp.float32) * _unit(p, r.dtype)
+    low = r.astype(jnp.int32)
+    if r.dtype == jnp.int8:
+        low = low << 8
+    high = _high(p)
+    # If somebody else set p: below the bits of 0 there are those of NaN, and so above
+    # infinity. (A comparison of floats takes subnormal numbers for 0.)
+    is_zero = (high & 0x7FFFFFFF) == 0
+    has_residual = jnp.isfinite(p) & ~(is_zero & (low < 0))
+    bits = high + jnp.where(has_residual, low, 0)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+@join.defjvp
+def _(primals, tangents):
+    return join(*primals), tangents[0].astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "residual_dtype"))
+def split(
+    x: jax.Array, dtype: Any, residual_dtype: Any, threshold: float = 0.5
+) -> tuple[jax.Array, jax.Array]:
+    """p of a dtype and r that stand for float32 numbers."""
+    if residual_dtype == jnp.int8:
+        x = _of_fewer_bits(x, dtype, threshold)
+    p = _round(x, dtype)
+    return p, _residual_of(x, p, residual_dtype)
+
+
+# Jitted for the same reason as the update of a leaf.
+@functools.partial(jax.jit, static_argnames="residual_dtype")
+def step(
+    p: jax.Array, x: jax.Array, u: jax.Array, threshold: jax.Array, residual_dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The update of p and its new residual, where x is to change by u."""
+    return _step(p, x, u.astype(jnp.float32), threshold, residual_dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _step(p, x, u, threshold, residual_dtype):
+    new_p, _ = split(x + u, p.dtype, residual_dtype, threshold)
+    # A difference of -0 leaves also a parameter of -0 as it is.
+    difference = new_p.astype(jnp.float32) - p.astype(jnp.float32)
+    update = jnp.where(new_p == p, -0.0, difference)
+    # What optax.apply_updates makes of it, which is not always the same.
+    new_p = (p.astype(jnp.float32) + update).astype(p.dtype)
+    x = x + u
+    if residual_dtype == jnp.int8:
+        x = _of_fewer_bits(x, p.dtype, threshold)
+    return update, _residual_of(x, new_p, residual_dtype)
+
+
+@_step.defjvp
+def _(residual_dtype, primals, tangents):
+    """As if nothing was rounded."""
+    update, r = _step(*primals, residual_dtype)
+    p_dot, x_dot, u_dot, _ = tangents
+    no_tangent = np.zeros(r.shape, jax.dtypes.float0)
+    return (update, r), (x_dot + u_dot - p_dot.astype(jnp.float32), no_tangent)
+
+
+def _round(x, dtype):
+    """The nearest numbers in half precision."""
+    if dtype == jnp.float16:
+        return x.astype(dtype)
+    # Ties away from 0, so that what is left has 16 bits.
+    high = (lax.bitcast_convert_type(x, jnp.int32) + 0x8000) >> 16
+    p = lax.bitcast_convert_type(high.astype(jnp.int16), jnp.bfloat16)
+    # Half of the patterns of NaN would be carried over into the sign.
+    return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), p)
+
+
+def _of_fewer_bits(x, dtype, threshold):
+    """Numbers whose residual has 8 bits, above x or below it."""
+    if dtype == jnp.float16:
+        p = x.astype(dtype)
+        unit = _unit(p, jnp.int8)
+        r = jnp.floor((x - p.astype(jnp.float32)) / unit + threshold)
+        return jnp.where(jnp.isfinite(p), p.astype(jnp.float32) + r * unit, x)
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    bits = (bits + jnp.floor(threshold * 256).astype(jnp.int32)) & ~0xFF
+    return jnp.where(jnp.isfinite(x), lax.bitcast_convert_type(bits, jnp.float32), x)
+
+
+def _residual_of(x, p, dtype):
+    """What p lacks of x, in integers; as much of it as they hold."""
+    if p.dtype == jnp.bfloat16:
+        r = lax.bitcast_convert_type(x, jnp.int32) - _high(p)
+        r = r >> 8 if dtype == jnp.int8 else r
+        # Bits of numbers of different signs have no distance.
+        has_residual = jnp.isfinite(p) & (jnp.signbit(x) == jnp.signbit(p))
+    else:
+        r = jnp.round((x - p.astype(jnp.float32)) / _unit(p, dtype))
+        has_residual = jnp.isfinite(p)
+    ends = jnp.iinfo(dtype)
+    r = jnp.clip(jnp.where(has_residual, r, 0), ends.min, ends.max)
+    return r.astype(dtype)
+
+
+def _high(p):
+    """The bits of the float32 that is the same number as a bfloat16."""
+    return lax.bitcast_convert_type(p, jnp.int16).astype(jnp.int32) << 16
+
+
+def _unit(p, residual_dtype):
+    """What one in the residual of a float16 stands for."""
+    bits = lax.bitcast_convert_type(p.astype(jnp.float32), jnp.int32)
+    power = lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)
+    info = jnp.finfo(jnp.float16)
+    # Also for an infinite p, whose residual of 0 is to stand for 0.
+    power = jnp.clip(power, float(info.smallest_normal), 2.0 ** (info.maxexp - 1))
+    ulp = power * float(info.eps)
+    # Half an ulp is at most half of the largest integer.
+    return ulp / (jnp.iinfo(residual_dtype).max + 1)
