@@ -84,6 +84,9 @@ def master_weights(
     hands updates on as they are may go around it: ``optax.masked``,
     ``optax.partition``, ``optax.MultiSteps``, and ``optax.chain`` if it is the last.
 
+    **Loss scaling**, which float16 gradients need, is undone inside, in float32:
+    ``master_weights(optax.chain(optax.scale(1 / scale), optimizer))``.
+
     **Parameters that others change.** The residual belongs to the parameter it was
     taken from. It is an offset of at most half the distance to the next number: where
     somebody else changes a parameter (by clipping, tying, or loading), the float32

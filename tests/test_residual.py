@@ -478,6 +478,25 @@ class TestUse:
         expected, _ = train(lookahead, both, in_float32(gradients))
         chex.assert_trees_all_close(full_params(*after), expected, rtol=rtol)
 
+    @pytest.mark.parametrize("scale", [1.0, 2.0**14])
+    def test_loss_scaling(self, scale):
+        """Gradients of 1e-9 are 0 in float16; scaled, they are undone in float32."""
+        target = jnp.array([0.5, -0.25])
+
+        def loss(params):
+            return scale * 1e-9 * jnp.sum((params - target.astype(params.dtype)) ** 2)
+
+        params = jnp.zeros(2, jnp.float16)
+        inner = optax.chain(optax.scale(1 / scale), adamax(1e-2, eps=0.0))
+        optimizer = master_weights(inner)
+        state = optimizer.init(params)
+        step = jax.jit(optimizer.update)
+        for _ in range(200):
+            updates, state = step(jax.grad(loss)(params), state, params)
+            params = optax.apply_updates(params, updates)
+        expected = target if scale > 1 else jnp.zeros(2)
+        np.testing.assert_allclose(full_params(params, state), expected, atol=0.02)
+
     def test_schedule_free_evaluates_full_params(self):
         params = narrow_params()
         inner = optax.contrib.schedule_free(adamax(1e-3, b1=0.0), 1e-3)
