@@ -20,17 +20,18 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adamax_jax import adamax, lp_adam
+from adamax_jax import adamax, lp_adam, master_weights
 from adamax_jax._lab.cli import Command, add_names, environment, positive_int
 from adamax_jax._lab.estimates import Estimate, digits_to_show, estimate, show
 from adamax_jax._lab.tasks import ALL_TASKS, TASKS
-from adamax_jax._lab.train import Method, Run, Trainer
+from adamax_jax._lab.train import InHalf, Method, Run, Trainer
 
 # What the other methods are compared to, where it is trained.
-REFERENCES = ("Adam", "AdaMax")
+REFERENCES = ("Adam", "AdaMax", "bfloat16, master weights")
 # A search that goes further than this finds no best.
 MOST_RATES = 12
 
@@ -48,7 +49,32 @@ def _of_embeddings(axis):
     return lambda path, leaf: axis if "embed" in jax.tree_util.keystr(path) else None
 
 
-# The parameters are float32 in all of them, and so is the state where nothing is said.
+def _with_float32_copy(optimizer):
+    """Master weights as mixed-precision training keeps them: a copy in the state."""
+
+    def in_float32(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init_fn(params):
+        full = in_float32(params)
+        return full, optimizer.init(full)
+
+    def update_fn(updates, state, params=None):
+        full, inner = state
+        updates, inner = optimizer.update(in_float32(updates), inner, full)
+        full = optax.apply_updates(full, updates)
+        # To the rounded copy; optax.apply_updates rounds the sum once more.
+        updates = jax.tree.map(
+            lambda x, p: x.astype(p.dtype).astype(x.dtype) - p.astype(x.dtype),
+            full,
+            params,
+        )
+        return updates, (full, inner)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+# The parameters are float32 in all of them but HALF, and so is the state where nothing is said.
 STORAGES: dict[str, Method] = {
     "optax.adamax": optax.adamax,
     "AdaMax": adamax,
@@ -80,9 +106,23 @@ LONG_ORDERS: dict[str, Method] = {
     f"p = {p}, b2^p = 0.999": functools.partial(lp_adam, p=p, b2=0.999 ** (1 / p))
     for p in (3, 6)
 }
+# A model in bfloat16: without any cure, with float32 weights kept by the optimizer as
+# usual, and with residuals of two bytes and of one. The state is in float32 or, in the
+# end, in two bytes.
+TWO_BYTES = functools.partial(adamax, m_dtype="int8", u_dtype="uint8")
+HALF: dict[str, Method] = {
+    "bfloat16": InHalf(functools.partial(adamax, m_dtype="float32", u_dtype="float32")),
+    "bfloat16, master weights": InHalf(lambda rate: _with_float32_copy(adamax(rate))),
+} | {
+    f"bfloat16, {residual}{suffix}": InHalf(
+        lambda rate, make=make, residual=residual: master_weights(make(rate), residual)
+    )
+    for residual in ("int16", "int8")
+    for suffix, make in (("", adamax), (", two bytes", TWO_BYTES))
+}
 METHODS: dict[str, Method] = {"Adam": optax.adam} | {
     name: method
-    for group in (STORAGES, SHARED, ORDERS, LONG_ORDERS)
+    for group in (STORAGES, SHARED, ORDERS, LONG_ORDERS, HALF)
     for name, method in group.items()
 }
 

@@ -175,7 +175,7 @@ def _vae() -> Problem:
             x = nnx.relu(self.down2(nnx.relu(self.down1(x))))
             code = self.code(x.reshape(len(x), -1))
             mean, log_variance = jnp.split(code, 2, axis=-1)
-            noise = jax.random.normal(key, mean.shape)
+            noise = jax.random.normal(key, mean.shape, mean.dtype)
             x = nnx.relu(self.decode(mean + jnp.exp(log_variance / 2) * noise))
             logits = self.up1(nnx.relu(self.up2(x.reshape(-1, 2, 2, 32))))
             return logits, mean, log_variance

@@ -19,6 +19,16 @@ CURVE_POINTS = 200
 Method = Callable[[Any], optax.GradientTransformation]
 
 
+@dataclass(frozen=True)
+class InHalf:
+    """A method for a model whose weights, activations and gradients are bfloat16."""
+
+    make: Method
+
+    def __call__(self, learning_rate: Any) -> optax.GradientTransformation:
+        return self.make(learning_rate)
+
+
 @dataclass
 class Run:
     """One training."""
@@ -53,12 +63,18 @@ class Trainer:
 
     def __init__(self, problem: Problem, task: Task, method: Method, steps: int):
         self._problem = problem
-        self._measure = jax.jit(problem.measure)
-        self._examples = jax.tree.map(jnp.asarray, problem.examples)
+        self._dtype = jnp.bfloat16 if isinstance(method, InHalf) else jnp.float32
+        # Also of a bfloat16 model, in float32: what its weights are worth.
+        self._measure = jax.jit(
+            lambda params: problem.measure(_floats_as(jnp.float32, params))
+        )
+        self._examples = _floats_as(
+            self._dtype, jax.tree.map(jnp.asarray, problem.examples)
+        )
         self._batches = steps, task.batch
         self._make_optimizer = lambda rate: method(task.schedule(rate, steps))
         self._scan = jax.jit(self._steps)
-        params = jax.eval_shape(problem.init, jax.random.key(0))
+        params = jax.eval_shape(self._init, jax.random.key(0))
         state = jax.eval_shape(self._make_optimizer(task.learning_rate).init, params)
         self._parameters = sum(x.size for x in jax.tree.leaves(params))
         self._state_bytes = sum(
@@ -87,8 +103,11 @@ class Trainer:
         """The trained parameters and the loss of each step."""
         init_key, noise_key = jax.random.split(jax.random.key(seed))
         order = order_of(len(jax.tree.leaves(self._examples)[0]), *self._batches, seed)
-        params = self._problem.init(init_key)
+        params = self._init(init_key)
         return self._scan(params, self._examples, order, noise_key, learning_rate)
+
+    def _init(self, key):
+        return _floats_as(self._dtype, self._problem.init(key))
 
     def _steps(self, params, examples, order, key, learning_rate):
         optimizer = self._make_optimizer(learning_rate)
@@ -106,6 +125,13 @@ class Trainer:
         start = params, optimizer.init(params)
         (params, _), losses = jax.lax.scan(step, start, (jnp.arange(len(order)), order))
         return params, losses
+
+
+def _floats_as(dtype, tree):
+    """A tree with its floating-point arrays in a dtype."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
 
 
 def order_of(examples: int, steps: int, batch: int, seed: int) -> np.ndarray:
