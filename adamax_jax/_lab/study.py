@@ -74,7 +74,8 @@ def _with_float32_copy(optimizer):
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-# The parameters are float32 in all of them but HALF, and so is the state where nothing is said.
+# The parameters are float32 in all of them but those of HALF, and so is the state where
+# nothing is said.
 STORAGES: dict[str, Method] = {
     "optax.adamax": optax.adamax,
     "AdaMax": adamax,
