@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -494,3 +495,52 @@ def test_unknown_values_list_what_is_allowed(arguments, message, capsys):
         main(["study", *arguments])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_model_in_bfloat16_computes_in_it(name):
+    """Weights, gradients and all products of arrays are in bfloat16."""
+    task = TASKS[name]
+    method = study.METHODS["bfloat16"]
+    trainer = Trainer(task.make(), task, method, steps=1)
+    params = trainer.train(task.learning_rate, seed=0)[0]
+    assert {p.dtype.name for p in jax.tree.leaves(params)} == {"bfloat16"}
+    order = order_of(1000, 1, task.batch, 0)
+    start = jax.eval_shape(trainer._init, jax.random.key(0))
+    args = start, trainer._examples, order, jax.random.key(0), task.learning_rate
+    lowered = jax.jit(trainer._steps).lower(*args).as_text()
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution)\b.*", lowered)
+    assert len(products) > 4
+    for line in products:
+        assert re.search(r"-> tensor<[\dx]*bf16>", line), line
+
+
+def test_methods_in_bfloat16_are_what_they_are_called():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=[8, 4]), jnp.bfloat16)}
+    gradients = [
+        {"w": jnp.asarray(rng.normal(size=[8, 4]), jnp.bfloat16)} for _ in range(50)
+    ]
+    bytes_of = {
+        "bfloat16": 8,
+        "bfloat16, master weights": 12,
+        "bfloat16, int16": 10,
+        "bfloat16, int16, two bytes": 4,
+        "bfloat16, int8": 9,
+        "bfloat16, int8, two bytes": 3,
+    }
+    assert list(bytes_of) == list(study.HALF)
+    ends = {}
+    for name, expected in bytes_of.items():
+        optimizer = study.METHODS[name](1e-2)
+        now, state = params, optimizer.init(params)
+        assert sum(x.nbytes for x in jax.tree.leaves(state)) // 32 == expected
+        for g in gradients:
+            updates, state = optimizer.update(g, state, now)
+            now = optax.apply_updates(now, updates)
+        assert now["w"].dtype == jnp.bfloat16
+        ends[name] = now["w"]
+    # But for ties, which these two round to different sides.
+    usual, ours = ends["bfloat16, master weights"], ends["bfloat16, int16"]
+    np.testing.assert_array_equal(ours, usual)
+    assert np.any(ends["bfloat16"] != usual)

@@ -272,11 +272,14 @@ def _transformer(width: int = 64) -> Problem:
             self.output = nnx.Linear(4 * width, width, rngs=rngs)
 
         def __call__(self, x):
-            qkv = self.attend(self.norm1(x)).reshape(*x.shape[:2], 3 * heads, -1)
+            # The norms compute in float32 at least, and return that.
+            normal = self.norm1(x).astype(x.dtype)
+            qkv = self.attend(normal).reshape(*x.shape[:2], 3 * heads, -1)
             q, k, v = jnp.split(qkv, 3, axis=2)
             seen = jax.nn.dot_product_attention(q, k, v, is_causal=True)
             x = x + self.project(seen.reshape(x.shape))
-            return x + self.output(nnx.gelu(self.hidden(self.norm2(x))))
+            normal = self.norm2(x).astype(x.dtype)
+            return x + self.output(nnx.gelu(self.hidden(normal)))
 
     class Transformer(nnx.Module):
         def __init__(self, rngs):
@@ -288,9 +291,11 @@ def _transformer(width: int = 64) -> Problem:
 
         def __call__(self, x):
             x = self.embed(x) + self.position(jnp.arange(CONTEXT))[None]
+            # An embedding returns the dtype that it was made with.
+            x = x.astype(self.embed.embedding[...].dtype)
             for layer in self.layers:
                 x = layer(x)
-            return self.output(self.norm(x))
+            return self.output(self.norm(x).astype(x.dtype))
 
     text, symbols = _text()
     windows = np.lib.stride_tricks.sliding_window_view(text, CONTEXT + 1)
