@@ -40,6 +40,11 @@ def within(x: jax.Array, largest: float) -> jax.Array:
 _LESS = 1 - 2.0**-20
 
 
+def dtype_of(x: Any) -> Any:
+    """The dtype of a leaf; jnp.result_type takes as long as a computation."""
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
 def dtype_like(x: ArrayLike | DTypeLike, real: DTypeLike) -> Any:
     """The dtype ``real``, or where x is complex the one whose parts have it.
 

@@ -127,7 +127,8 @@ def _multiply(g, factor, *, sign):
 
 
 def _scaled(g, factor, sign):
-    if isinstance(factor, float) and arithmetic_dtype(g.dtype) == jnp.float64:
+    is_long = g.dtype.itemsize > 4 and arithmetic_dtype(g.dtype) == jnp.float64
+    if is_long and isinstance(factor, float):
         # Where x64 is off, jax.jit takes a Python number for a float32.
         factor = number(factor, jnp.float64)
     return _multiply(g, factor, sign=sign)

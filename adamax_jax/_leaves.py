@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adamax_jax._complex import dtype_of
 from adamax_jax._storage import is_wide
 
 
@@ -65,7 +66,7 @@ def update_leaves(
         strict=True,
     ):
         if g is not None:
-            step_dtype = _wider(jnp.result_type(g), dtype)
+            step_dtype = _wider(dtype_of(g), dtype)
             step, leaf_m, leaf_u = update_leaf(g, leaf_m, leaf_u, step_dtype)
             steps.append(step)
         elif not is_wide(leaf_u.dtype):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from adamax_jax._complex import number, within
+from adamax_jax._complex import dtype_of, number, within
 from adamax_jax._quotient import quotient
 from adamax_jax._storage import arithmetic_dtype, largest_stored
 
@@ -50,8 +50,8 @@ def coefficients(b1: ArrayLike, eps: ArrayLike, t: jax.Array) -> Coefficients:
 
 def scalar_dtype(*trees: Any) -> Any:
     """What the scalars of a step are computed in: the widest that any leaf needs."""
-    leaves = map(jnp.result_type, jax.tree.leaves(trees))
-    return arithmetic_dtype(jnp.result_type(float), *leaves)
+    dtypes = {dtype_of(leaf) for leaf in jax.tree.leaves(trees)}
+    return arithmetic_dtype(jnp.result_type(float), *dtypes)
 
 
 def within_range(g: jax.Array, stored_m: jax.Array, stored_u: jax.Array) -> jax.Array:
