@@ -336,8 +336,10 @@ class TestTraining:
 
     OPTIMIZERS = (
         adamax(1e-3),
-        adamax(1e-3, m_dtype="int8", u_dtype="uint8"),
-        optax.adam(1e-3, mu_dtype=jnp.float32),
+        pytest.param(
+            adamax(1e-3, m_dtype="int8", u_dtype="uint8"), marks=pytest.mark.long
+        ),
+        pytest.param(optax.adam(1e-3, mu_dtype=jnp.float32), marks=pytest.mark.long),
         optax.chain(
             optax.clip_by_global_norm(1.0), adamax(optax.linear_schedule(1e-2, 0, 1000))
         ),
