@@ -138,14 +138,7 @@ def _check_scalar(name, value, allowed, is_allowed):
 def check_params(params: Any, m_dtype: Any) -> None:
     """Refuses parameter leaves that have no moving average, or not in m_dtype."""
     for path, leaf in jax.tree.leaves_with_path(params):
-        if isinstance(leaf, type) or not (
-            hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
-        ):
-            raise TypeError(
-                f"The parameter at {name_of(path)} is not an array: {leaf!r}. "
-                "Give init the arrays alone (with Equinox: "
-                "eqx.filter(model, eqx.is_inexact_array))."
-            )
+        check_array(path, leaf)
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
@@ -155,6 +148,22 @@ def check_params(params: Any, m_dtype: Any) -> None:
             )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             check_complex(path, dtype, m_dtype)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of the parameters is an array or a number, not a function, say."""
+    is_number = hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
+    return is_number and not isinstance(leaf, type)
+
+
+def check_array(path: Any, leaf: Any) -> None:
+    """Refuses a parameter that is no array."""
+    if not is_array(leaf):
+        raise TypeError(
+            f"The parameter at {name_of(path)} is not an array: {leaf!r}. "
+            "Give init the arrays alone (with Equinox: "
+            "eqx.filter(model, eqx.is_inexact_array))."
+        )
 
 
 def check_rounding(

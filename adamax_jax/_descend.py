@@ -106,7 +106,7 @@ def _scale(name, factor, sign):
 
 
 def _scale_by_schedule(schedule, sign):
-    """As ``optax.scale_by_schedule``, whose state it has."""
+    """As ``optax.scale_by_schedule``, whose state it has, but by ``_scaled``."""
 
     def update_fn(updates, state, params=None):
         del params

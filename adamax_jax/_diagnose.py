@@ -103,9 +103,10 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       badly the problem is scaled, and what ``u_dtype`` must span. uint8 spans 18
       decades, float16 11, float8_e5m2 9, float8_e4m3fn 5.
     ``saturated``
-      The fraction of coordinates whose stored m or u is the first or the last number of
-      its dtype, unseen ones aside. Should be 0: else take a wider ``u_dtype``, or scale
-      the loss.
+      The fraction of coordinates whose stored m or u is at an end of the range of its
+      dtype (of u: its smallest number, or half of its largest, where gradients are cut
+      off), unseen ones aside. Should be 0: else take a wider ``u_dtype``, or scale the
+      loss.
 
     Where a u is shared along axes, it is that of the slice's largest gradients: a
     coordinate far below them has a small ``rms`` and counts as ``stale``, and as unseen

@@ -60,12 +60,10 @@ def _(primals, tangents):
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "residual_dtype"))
-def split(
-    x: jax.Array, dtype: Any, residual_dtype: Any, threshold: float = 0.5
-) -> tuple[jax.Array, jax.Array]:
-    """p of a dtype and r that stand for float32 numbers."""
+def split(x: jax.Array, dtype: Any, residual_dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """p of a dtype and r that stand for float32 numbers, or for the nearest ones."""
     if residual_dtype == jnp.int8:
-        x = _of_fewer_bits(x, dtype, threshold)
+        x = _of_fewer_bits(x, dtype, 0.5)
     p = _round(x, dtype)
     return p, _residual_of(x, p, residual_dtype)
 
@@ -81,15 +79,15 @@ def step(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _step(p, x, u, threshold, residual_dtype):
-    new_p, _ = split(x + u, p.dtype, residual_dtype, threshold)
+    x = x + u
+    if residual_dtype == jnp.int8:
+        x = _of_fewer_bits(x, p.dtype, threshold)
+    new_p = _round(x, p.dtype)
     # A difference of -0 leaves also a parameter of -0 as it is.
     difference = new_p.astype(jnp.float32) - p.astype(jnp.float32)
     update = jnp.where(new_p == p, -0.0, difference)
     # What optax.apply_updates makes of it, which is not always the same.
     new_p = (p.astype(jnp.float32) + update).astype(p.dtype)
-    x = x + u
-    if residual_dtype == jnp.int8:
-        x = _of_fewer_bits(x, p.dtype, threshold)
     return update, _residual_of(x, new_p, residual_dtype)
 
 

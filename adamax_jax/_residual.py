@@ -1,6 +1,5 @@
 """Parameters in half precision that train as float32 ones: ``master_weights``."""
 
-import numbers
 from typing import NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from adamax_jax._checks import check_dtype, check_state
+from adamax_jax._checks import check_array, check_dtype, check_state, is_array
 from adamax_jax._halves import is_half, join, split, step, threshold_of
 from adamax_jax._leaves import leaves_beside
 from adamax_jax._paths import name_of, path_finder
@@ -260,7 +259,7 @@ def set_full_params(
     new_residuals = {}
 
     def half(path, p, x):
-        if not _is_array(p):
+        if not is_array(p):
             return p
         if jnp.shape(x) != jnp.shape(p) or jnp.iscomplexobj(x) > jnp.iscomplexobj(p):
             raise ValueError(
@@ -330,10 +329,6 @@ def _beside(residual, params):
         ) from error
 
 
-def _is_array(p):
-    return hasattr(p, "dtype") or isinstance(p, numbers.Number)
-
-
 def _check_fit(path, p, r):
     """Refuses a residual beside a parameter of another shape or kind of dtype."""
     if not is_half(p):
@@ -351,12 +346,7 @@ def _check_fit(path, p, r):
 
 def _check_params(params):
     for path, p in jax.tree.leaves_with_path(params):
-        if not _is_array(p):
-            raise TypeError(
-                f"The parameter at {name_of(path)} is not an array: {p!r}. Give init "
-                "the arrays alone (with Equinox: "
-                "eqx.filter(model, eqx.is_inexact_array))."
-            )
+        check_array(path, p)
         dtype = jnp.result_type(p)
         if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1:
             raise TypeError(
@@ -369,7 +359,7 @@ def _check_residuals(residuals, params, residual_dtype):
     """Refuses a state that does not belong to the parameters."""
     for (path, p), r in zip(jax.tree.leaves_with_path(params), residuals, strict=True):
         if r is None:
-            if _is_array(p) and is_half(p):
+            if is_array(p) and is_half(p):
                 raise TypeError(
                     f"The parameter at {name_of(path)} has dtype {p.dtype}, but at "
                     "init it had 32 bits or more."

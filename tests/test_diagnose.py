@@ -1,5 +1,6 @@
 """The figures of the state against what was put into it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,9 +289,16 @@ def test_a_healthy_state_has_no_infinities(storage):
         optimizer = adamax(**storage)
         state = optimizer.init(g)
         for figures in (diagnose, jax.jit(diagnose)):
-            figures(state)
-            figures(optimizer.update(g, state)[1])
-            figures(optimizer.init({}))
+            for healthy in (state, optimizer.update(g, state)[1], optimizer.init({})):
+                chex.assert_tree_all_finite(figures(healthy))
+
+
+def test_infinities_are_reported_where_jax_looks_for_them():
+    """Else the test above would say nothing."""
+    state = adamax().init(jnp.ones(2))[0]
+    infinite = state._replace(u=jnp.array([jnp.inf, 1.0]))
+    with jax.debug_infs(True), pytest.raises(FloatingPointError):
+        diagnose(infinite)
 
 
 def test_what_is_compiled_for_many_parameters():
