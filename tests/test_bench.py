@@ -169,7 +169,7 @@ def test_contenders_take_turns(at_once):
     assert len(set(orders)) == math.factorial(len(names))
 
 
-@pytest.mark.parametrize("name", bench.OPTIMIZERS)
+@pytest.mark.parametrize("name", [*bench.OPTIMIZERS, *bench.HALF])
 def test_a_step_is_donated_and_waited_for(name, monkeypatch):
     gradients = bench.gradients_for({"array": (LEAF,)})
     run = bench.contenders(flattened=False)[name](gradients)
@@ -239,6 +239,17 @@ def test_bytes_are_counted(at_once):
         # The gradient once, the parameter and the state twice.
         assert row.moved_bytes_per_parameter == almost(4 + 2 * (4 + state))
         assert row.milliseconds.low <= row.milliseconds.median <= row.milliseconds.high
+    # Of parameters in bfloat16; with what is kept of the float32 ones.
+    for name, state in {
+        "optax.adamax": 4,
+        "optax.adam and a float32 copy": 12,
+        "adamax float32 and int16": 10,
+        "adamax int8/uint8 and int16": 4,
+        "adamax int8/uint8 and int8": 3,
+    }.items():
+        row = rows[f"bfloat16: {name}"]
+        assert row.state_bytes_per_parameter == almost(state)
+        assert row.moved_bytes_per_parameter == almost(2 + 2 * (2 + state))
     assert rows["copy"].moved_bytes_per_parameter == 8
     assert rows["copy"].share_of_bandwidth == pytest.approx(1)
     assert rows["optax.adamax"].ratio == (1, 1, 1)

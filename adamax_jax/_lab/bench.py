@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adamax_jax import adamax, lp_adam
+from adamax_jax import adamax, lp_adam, master_weights
 from adamax_jax._lab import shapes
 from adamax_jax._lab.cli import Command, environment, figure_path, positive_int
+from adamax_jax._lab.float32_copy import with_float32_copy
 
 REFERENCE = "optax.adamax"
 AGAIN = "optax.adamax, again"
@@ -48,6 +49,7 @@ MANY = "1000 of 1000"
 # Distribution packages of the contenders that are measured where they are installed.
 OPTIONAL = ("torch", "flashoptim-jax")
 
+TWO_BYTES = adamax(LEARNING_RATE, m_dtype="int8", u_dtype="uint8")
 OPTIMIZERS = {
     REFERENCE: optax.adamax(LEARNING_RATE),
     "optax.adam": optax.adam(LEARNING_RATE),
@@ -55,12 +57,24 @@ OPTIMIZERS = {
     "adamax bfloat16/bfloat16": adamax(
         LEARNING_RATE, m_dtype="bfloat16", u_dtype="bfloat16"
     ),
-    "adamax int8/uint8": adamax(LEARNING_RATE, m_dtype="int8", u_dtype="uint8"),
+    "adamax int8/uint8": TWO_BYTES,
     "lp_adam p=3": lp_adam(LEARNING_RATE, 3),
 }
 FLATTENED = {
     f"{name}, flattened": optax.flatten(OPTIMIZERS[name])
     for name in (REFERENCE, "adamax float32", "adamax int8/uint8")
+}
+# Of parameters and gradients in bfloat16: as they are, and as float32 ones.
+HALF = {
+    "bfloat16: optax.adamax": optax.adamax(LEARNING_RATE),
+    "bfloat16: optax.adam and a float32 copy": with_float32_copy(
+        optax.adam(LEARNING_RATE)
+    ),
+    "bfloat16: adamax float32 and int16": master_weights(
+        adamax(LEARNING_RATE, m_dtype="float32", u_dtype="float32")
+    ),
+    "bfloat16: adamax int8/uint8 and int16": master_weights(TWO_BYTES),
+    "bfloat16: adamax int8/uint8 and int8": master_weights(TWO_BYTES, "int8"),
 }
 
 Tree = dict[str, jax.Array]
@@ -156,6 +170,11 @@ def optax_step(optimizer: optax.GradientTransformation) -> Step:
     return step
 
 
+def _half_run(optimizer, gradients):
+    gradients = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients)
+    return JaxRun(optimizer.init, optax_step(optimizer), gradients)
+
+
 def _flash_run(gradients):
     from flashoptim_jax import (  # pyright: ignore[reportMissingImports]
         flash_adam,
@@ -173,6 +192,8 @@ def contenders(flattened: bool) -> dict[str, Callable[[Tree], Any]]:
     optimizers = OPTIMIZERS | {AGAIN: OPTIMIZERS[REFERENCE]}
     for name, optimizer in (optimizers | (FLATTENED if flattened else {})).items():
         makers[name] = functools.partial(JaxRun, optimizer.init, optax_step(optimizer))
+    for name, optimizer in HALF.items():
+        makers[name] = functools.partial(_half_run, optimizer)
     if "torch" in installed():
         makers["torch Adamax"] = TorchRun
     if "flashoptim-jax" in installed():
@@ -436,7 +457,8 @@ def _caption(settings):
     return (
         f"Medians of {settings['rounds']} rounds after {settings['warm_up_rounds']} of "
         "warm-up (of compiling, of fewer), and from the tenth to the ninetieth "
-        "percentile; float32 parameters and gradients; "
+        "percentile; parameters and gradients in float32, or bfloat16 where a row "
+        "begins with it; "
         f"{settings['environment']}, {settings['cores']} cores; {versions}; "
         f"{settings['command']}.\n"
     )

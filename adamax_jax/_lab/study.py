@@ -20,13 +20,13 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from adamax_jax import adamax, lp_adam, master_weights
 from adamax_jax._lab.cli import Command, add_names, environment, positive_int
 from adamax_jax._lab.estimates import Estimate, digits_to_show, estimate, show
+from adamax_jax._lab.float32_copy import with_float32_copy
 from adamax_jax._lab.tasks import ALL_TASKS, TASKS
 from adamax_jax._lab.train import InHalf, Method, Run, Trainer
 
@@ -47,31 +47,6 @@ def _all(path, leaf):
 def _of_embeddings(axis):
     """The axis of embedding tables alone; only the transformers have some."""
     return lambda path, leaf: axis if "embed" in jax.tree_util.keystr(path) else None
-
-
-def _with_float32_copy(optimizer):
-    """Master weights as mixed-precision training keeps them: a copy in the state."""
-
-    def in_float32(tree):
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-    def init_fn(params):
-        full = in_float32(params)
-        return full, optimizer.init(full)
-
-    def update_fn(updates, state, params=None):
-        full, inner = state
-        updates, inner = optimizer.update(in_float32(updates), inner, full)
-        full = optax.apply_updates(full, updates)
-        # To the rounded copy; optax.apply_updates rounds the sum once more.
-        updates = jax.tree.map(
-            lambda x, p: x.astype(p.dtype).astype(x.dtype) - p.astype(x.dtype),
-            full,
-            params,
-        )
-        return updates, (full, inner)
-
-    return optax.GradientTransformation(init_fn, update_fn)
 
 
 # The parameters are float32 in all of them but those of HALF, and so is the state where
@@ -113,7 +88,7 @@ LONG_ORDERS: dict[str, Method] = {
 TWO_BYTES = functools.partial(adamax, m_dtype="int8", u_dtype="uint8")
 HALF: dict[str, Method] = {
     "bfloat16": InHalf(functools.partial(adamax, m_dtype="float32", u_dtype="float32")),
-    "bfloat16, master weights": InHalf(lambda rate: _with_float32_copy(adamax(rate))),
+    "bfloat16, master weights": InHalf(lambda rate: with_float32_copy(adamax(rate))),
 } | {
     f"bfloat16, {residual}{suffix}": InHalf(
         lambda rate, make=make, residual=residual: master_weights(make(rate), residual)
