@@ -7,6 +7,9 @@ median over rounds of the ratios within a round. optax.adamax takes part twice: 
 second row differs from 1 is noise. One contender only reads and writes an array in
 place: where arrays are larger than the caches, what it reaches is the limit for the
 others.
+
+--for DEVICES measures no times: JAX compiles for devices that are not there, and what
+a step moves in their memory is read from the compiled program.
 """
 
 import argparse
@@ -27,14 +30,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adamax_jax import adamax, lp_adam, master_weights
-from adamax_jax._lab import shapes
+from adamax_jax._lab import compiled, shapes, targets
 from adamax_jax._lab.cli import Command, environment, figure_path, positive_int
-from adamax_jax._lab.float32_copy import with_float32_copy
+from adamax_jax._lab.contenders import (
+    HALF,
+    LEARNING_RATE,
+    OPTIMIZERS,
+    REFERENCE,
+    Step,
+    optax_step,
+)
 
-REFERENCE = "optax.adamax"
 AGAIN = "optax.adamax, again"
-LEARNING_RATE = 1e-3
 WARM_UP = 3
 # The contender before leaves threads spinning and memory to be freed. So each takes
 # steps that are not timed for so many seconds, before the one that is.
@@ -49,36 +56,11 @@ MANY = "1000 of 1000"
 # Distribution packages of the contenders that are measured where they are installed.
 OPTIONAL = ("torch", "flashoptim-jax")
 
-TWO_BYTES = adamax(LEARNING_RATE, m_dtype="int8", u_dtype="uint8")
-OPTIMIZERS = {
-    REFERENCE: optax.adamax(LEARNING_RATE),
-    "optax.adam": optax.adam(LEARNING_RATE),
-    "adamax float32": adamax(LEARNING_RATE),
-    "adamax bfloat16/bfloat16": adamax(
-        LEARNING_RATE, m_dtype="bfloat16", u_dtype="bfloat16"
-    ),
-    "adamax int8/uint8": TWO_BYTES,
-    "lp_adam p=3": lp_adam(LEARNING_RATE, 3),
-}
 FLATTENED = {
     f"{name}, flattened": optax.flatten(OPTIMIZERS[name])
     for name in (REFERENCE, "adamax float32", "adamax int8/uint8")
 }
-# Of parameters and gradients in bfloat16: as they are, and as float32 ones.
-HALF = {
-    "bfloat16: optax.adamax": optax.adamax(LEARNING_RATE),
-    "bfloat16: optax.adam and a float32 copy": with_float32_copy(
-        optax.adam(LEARNING_RATE)
-    ),
-    "bfloat16: adamax float32 and int16": master_weights(
-        adamax(LEARNING_RATE, m_dtype="float32", u_dtype="float32")
-    ),
-    "bfloat16: adamax int8/uint8 and int16": master_weights(TWO_BYTES),
-    "bfloat16: adamax int8/uint8 and int8": master_weights(TWO_BYTES, "int8"),
-}
-
 Tree = dict[str, jax.Array]
-Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 def gradients_for(arrays: Mapping[str, shapes.Shape]) -> Tree:
@@ -158,16 +140,6 @@ class TorchRun:
         self._optimizer.step()
         if self._cuda:
             self._cuda.synchronize()
-
-
-def optax_step(optimizer: optax.GradientTransformation) -> Step:
-    """The update and its addition to the parameters."""
-
-    def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
 
 
 def _half_run(optimizer, gradients):
@@ -553,6 +525,60 @@ def _add_options(parser):
         metavar="PATH",
         help="where to save the figure",
     )
+    parser.add_argument(
+        "--for",
+        dest="targets",
+        type=_target_names,
+        metavar="DEVICES",
+        help=f"of {','.join(targets.TARGETS)}: what a step moves there, compiled, "
+        "not run",
+    )
+
+
+def _target_names(text):
+    """The type of an option that lists devices."""
+    names = text.split(",")
+    for name in names:
+        if name not in targets.TARGETS:
+            known = ", ".join(targets.TARGETS)
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {known}")
+    return names
+
+
+def _describe(rows):
+    """A set of measurements, or what was compiled."""
+    return rows[0].arrays if isinstance(rows[0], Row) else rows[0].what
+
+
+def _text(results, options):
+    if options.targets:
+        return compiled.text(_rows_of(results), options.targets)
+    return f"{markdown(_rows_of(results))}\n{_caption(_settings(options))}"
+
+
+def _numbers(results, options):
+    settings = (
+        compiled.settings(options.targets) if options.targets else _settings(options)
+    )
+    return settings | {"rows": [asdict(row) for row in _rows_of(results)]}
+
+
+def _results(options):
+    if options.targets:
+        return compiled.measure(options.targets)
+    return measure(options.max_size, options.repetitions)
+
+
+def _needs(options):
+    if options.targets:
+        return targets.modules(options.targets)
+    return ["matplotlib"] if options.figure else []
+
+
+def _problem(options):
+    if options.targets and options.figure:
+        return "--figure shows times, and --for measures none: leave one out."
+    return None
 
 
 def _rows_of(results):
@@ -566,14 +592,11 @@ COMMAND = Command(
     description=__doc__,
     epilog="Measured where installed: " + ", ".join(OPTIONAL) + ".",
     add_options=_add_options,
-    needs=lambda options: ["matplotlib"] if options.figure else [],
-    results=lambda options: measure(options.max_size, options.repetitions),
-    describe=lambda rows: rows[0].arrays,
-    text=lambda results, options: (
-        f"{markdown(_rows_of(results))}\n{_caption(_settings(options))}"
-    ),
-    numbers=lambda results, options: (
-        _settings(options) | {"rows": [asdict(row) for row in _rows_of(results)]}
-    ),
+    needs=_needs,
+    results=_results,
+    describe=_describe,
+    text=_text,
+    numbers=_numbers,
     draw=lambda results, options: draw(_rows_of(results), options),
+    problem=_problem,
 )

@@ -20,6 +20,13 @@ import adamax_jax
 
 # The packages of the extra "demo", by the modules in them.
 PACKAGES = {"flax": "flax", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+# Those of the extra "aot".
+AOT_PACKAGES = {
+    "libtpu": "libtpu",
+    "jax_plugins.xla_cuda13": "jax[cuda13-local]",
+    "jax_cuda13_plugin": "jax[cuda13-local]",
+    "nvidia.cu13.bin": "nvidia-cuda-nvcc",
+}
 FIGURES = (".pdf", ".png", ".svg")
 
 
@@ -136,16 +143,18 @@ def _missing(command, options):
     missing = [name for name in command.needs(options) if not _can_import(name)]
     if not missing:
         return None
-    packages = ", ".join(PACKAGES[name] for name in missing)
+    known = PACKAGES | AOT_PACKAGES
+    packages = ", ".join(dict.fromkeys(known[name] for name in missing))
+    extra = "aot" if missing[0] in AOT_PACKAGES else "demo"
     folder = Path(adamax_jax.__file__).parent.parent
     if (folder / "pyproject.toml").exists():
         return (
             f"The command {command.name} needs {packages}. In the folder of "
-            'adamax_jax:\n    pip install -e ".[demo]"'
+            f'adamax_jax:\n    pip install -e ".[{extra}]"'
         )
     return (
         f"The command {command.name} needs {packages}:\n"
-        '    pip install "adamax_jax[demo]"'
+        f'    pip install "adamax_jax[{extra}]"'
     )
 
 
