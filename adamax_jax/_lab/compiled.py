@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
-from adamax_jax import adamax, zero_shardings
+from adamax_jax import adamax
 from adamax_jax._lab.contenders import (
     HALF,
     LEARNING_RATE,
@@ -22,6 +22,7 @@ from adamax_jax._lab.contenders import (
     optax_step,
 )
 from adamax_jax._lab.shapes import Shape
+from adamax_jax._lab.spread import AXIS, Shared, ideal_bytes, spread
 from adamax_jax._lab.targets import TARGETS, devices
 from adamax_jax._lab.traffic import Traffic, traffic
 
@@ -39,8 +40,8 @@ class Contender(NamedTuple):
     optimizer: optax.GradientTransformation
     # Of parameters and gradients.
     dtype: Any = jnp.float32
-    # Whether four devices that hold all parameters share the state: ZeRO-1.
-    is_spread: bool = False
+    devices: int = 1
+    shared: Shared = "state"
 
 
 def contenders() -> dict[str, Contender]:
@@ -50,11 +51,11 @@ def contenders() -> dict[str, Contender]:
         f"bfloat16: {name}": OPTIMIZERS[name]
         for name in ("adamax bfloat16/bfloat16", "adamax int8/uint8")
     }
-    spread = (REFERENCE, "adamax float32", "adamax int8/uint8")
+    among_four = (REFERENCE, "adamax float32", "adamax int8/uint8")
     return (
         {name: Contender(optimizer) for name, optimizer in whole.items()}
         | {name: Contender(optimizer, jnp.bfloat16) for name, optimizer in half.items()}
-        | {FOUR + name: Contender(OPTIMIZERS[name], is_spread=True) for name in spread}
+        | {FOUR + name: Contender(OPTIMIZERS[name], devices=4) for name in among_four}
     )
 
 
@@ -76,53 +77,32 @@ class Step(NamedTuple):
 def compile_step(
     contender: Contender, target: str, arrays: Mapping[str, Shape] = MATRIX
 ) -> Step:
-    """Compiles a step for a kind of device."""
-    all_devices = devices(target)
-    mesh = Mesh(
-        np.array(all_devices if contender.is_spread else all_devices[:1]),
-        ("data",),
-        axis_types=(AxisType.Auto,),
-    )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    params: Any = {
-        name: jax.ShapeDtypeStruct(shape, contender.dtype, sharding=everywhere)
-        for name, shape in arrays.items()
-    }
-    optimizer = contender.optimizer
-    shardings = zero_shardings(optimizer, params, mesh, "data")
-    state = jax.tree.map(
-        lambda x, sharding: x.update(sharding=sharding),
-        jax.eval_shape(optimizer.init, params),
-        shardings,
-    )
-    step = jax.jit(
-        optax_step(optimizer),
-        donate_argnums=(0, 1),
-        out_shardings=(everywhere, shardings),
-    )
-    executable = step.lower(params, state, params).compile(
-        dict(TARGETS[target].compiler_options)
-    )
+    """Compiles a step for a kind of device, and reads what it does."""
+    executable, (params, state) = compiled(contender, target, arrays)
     memory: Any = executable.memory_analysis()
     return Step(
         traffic(executable),
         memory.temp_size_in_bytes,
-        # A device needs the parameters and gradients of its part of the state alone.
-        3 * _array_bytes(params) // mesh.size + 2 * _array_bytes(state),
+        ideal_bytes(params, state, contender.shared, contender.devices),
     )
 
 
-def _array_bytes(tree):
-    """Those of the arrays on one device, but for single numbers."""
-    shards = [
-        (leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return sum(
-        math.prod(shape) * dtype.itemsize
-        for shape, dtype in shards
-        if math.prod(shape) > 1
+def compiled(
+    contender: Contender, target: str, arrays: Mapping[str, Shape]
+) -> tuple[Any, tuple[Any, Any]]:
+    """A compiled step, and the parameters and the state it is for, as shapes."""
+    among = np.array(devices(target)[: contender.devices])
+    mesh = Mesh(among, (AXIS,), axis_types=(AxisType.Auto,))
+    optimizer = contender.optimizer
+    trees = spread(optimizer, arrays, contender.dtype, mesh, contender.shared)
+    params, _ = trees
+    step = jax.jit(
+        optax_step(optimizer),
+        donate_argnums=(0, 1),
+        out_shardings=jax.tree.map(lambda x: x.sharding, trees),
     )
+    options = dict(TARGETS[target].compiler_options)
+    return step.lower(*trees, params).compile(options), trees
 
 
 @dataclass
@@ -157,7 +137,9 @@ def measure(targets: Sequence[str]) -> Iterator[list[CompiledRow]]:
             except Exception as error:
                 if name == reference_of(name):
                     raise
-                print(f"left out: {target}, {name}: {error}", file=sys.stderr)
+                print(
+                    f"left out: {target}, {name}: {_first_line(error)}", file=sys.stderr
+                )
                 continue
             moved[name] = step.traffic.moved_bytes
             yield [
@@ -175,6 +157,11 @@ def measure(targets: Sequence[str]) -> Iterator[list[CompiledRow]]:
                     },
                 )
             ]
+
+
+def _first_line(error):
+    # XLA's go on with its own stack.
+    return str(error).partition("\n")[0]
 
 
 def text(rows: Sequence[CompiledRow], targets: Sequence[str]) -> str:

@@ -78,7 +78,7 @@ def devices(name: str) -> list[Any]:
       ImportError: If what compiles for the device is not installed.
     """
     target = TARGETS[name]
-    if missing := [m for m in target.modules if not _is_there(m)]:
+    if missing := [m for m in target.modules if not is_there(m)]:
         raise ImportError(
             f"To compile for {name}, {', '.join(missing)} must be there to import: "
             "pip install 'adamax_jax[aot]'"
@@ -98,7 +98,8 @@ def modules(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(m for name in names for m in TARGETS[name].modules))
 
 
-def _is_there(module):
+def is_there(module: str) -> bool:
+    """Whether a module can be imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ImportError:
