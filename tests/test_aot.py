@@ -248,7 +248,7 @@ def test_what_the_user_has_set_stays(monkeypatch):
     devices = targets.devices("v5e")
     assert os.environ["TPU_SKIP_MDS_QUERY"] == "0"
     assert os.environ["TPU_WORKER_HOSTNAMES"] == "localhost"
-    assert len(devices) == 4
+    assert len(devices) >= 4
     assert {device.device_kind for device in devices} == {"TPU v5 lite"}
     assert jax.default_backend() == "cpu"
 

@@ -41,7 +41,7 @@ class Target:
     """A kind of device."""
 
     platform: str
-    # Four of them.
+    # Four of them at least, on one host.
     topology: str
     # What must be there to import.
     modules: tuple[str, ...] = ("libtpu",)
@@ -50,13 +50,13 @@ class Target:
 
 
 TARGETS = {
-    "v4": Target("tpu", "v4:2x1x1"),
+    "v4": Target("tpu", "v4:2x2x1"),
     "v5e": Target("tpu", "v5e:2x2"),
     "v5p": Target("tpu", "v5p:2x2x1"),
     "v6e": Target("tpu", "v6e:2x2"),
     "tpu7x": Target(
         "tpu",
-        "tpu7x:2x1x1",
+        "tpu7x:2x2x1",
         # Its SparseCores' instructions are not known to the jaxlib that prints them.
         compiler_options={
             "xla_tpu_enable_sparse_core_collective_offload_all_gather": False
@@ -69,7 +69,7 @@ TARGETS = {
 
 
 def devices(name: str) -> list[Any]:
-    """Four devices of a kind, to compile for.
+    """Some devices of a kind, four at least, to compile for.
 
     Unless JAX has been told where to run, it stays on the CPU from here on: it would
     try the plugins of devices that are not there.
