@@ -142,6 +142,9 @@ def test_shapes_are_those_of_the_models():
     # GPT-2, whose smallest has 124,439,808.
     gpt2 = shapes.transformer(layers=12, width=768, vocabulary=50_257)
     assert count(gpt2) == (148, 124_439_808)
+    # As in its weights.
+    assert count(shapes.llama2()) == (291, 6_738_415_616)
+    assert count(shapes.llama2_70b()) == (723, 68_976_648_192)
     assert count(shapes.transformer()) == (100, 34_132_992)
     assert count(shapes.many()) == (1000, 1_000_000)
 

@@ -13,12 +13,11 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh
 
-from adamax_jax import adamax
 from adamax_jax._lab.contenders import (
     HALF,
-    LEARNING_RATE,
     OPTIMIZERS,
     REFERENCE,
+    SHARED,
     optax_step,
 )
 from adamax_jax._lab.shapes import Shape
@@ -28,7 +27,6 @@ from adamax_jax._lab.traffic import Traffic, traffic
 
 # One array that does not fit on the chip, where compilers keep arrays of less.
 MATRIX = {"matrix": (2**14, 2**13)}
-SHARED = adamax(LEARNING_RATE, m_dtype="int8", u_dtype="float32", shared_axes=-1)
 FOUR = "4 devices: "
 # The packages that compile.
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")

@@ -12,6 +12,7 @@ REFERENCE = "optax.adamax"
 LEARNING_RATE = 1e-3
 
 TWO_BYTES = adamax(LEARNING_RATE, m_dtype="int8", u_dtype="uint8")
+SHARED = adamax(LEARNING_RATE, m_dtype="int8", u_dtype="float32", shared_axes=-1)
 OPTIMIZERS = {
     REFERENCE: optax.adamax(LEARNING_RATE),
     "optax.adam": optax.adam(LEARNING_RATE),

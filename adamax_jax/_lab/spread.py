@@ -43,11 +43,10 @@ def _state(optimizer, params, mesh):
 
 def bytes_on_a_device(tree: Any) -> int:
     """Those of the arrays, but for single numbers."""
-    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
     return sum(
-        math.prod(shape) * dtype.itemsize
-        for shape, dtype in shards
-        if math.prod(shape) > 1
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if x.size > 1
     )
 
 

@@ -31,8 +31,13 @@ def _words(text: str) -> frozenset[str]:
 # Only another name for what is there, or no work at all.
 FREE = _words(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id "
-    "replica-id copy-done async-update async-done"
+    "replica-id copy-done slice-done async-update async-done"
 )
+# The custom calls of that kind: slices brought to the chip side by side are an array.
+FREE_CUSTOM_CALLS = ("ConcatBitcast",)
+# Copies that run beside the others. Of their result, which is also what they read and a
+# signal, the place of what they write.
+COPIES = {"copy-start": 0, "slice-start": 1}
 # Read all of their operands and write all of their results.
 KERNELS = _words(
     "fusion copy reduce broadcast iota transpose reshape concatenate pad reverse "
@@ -44,7 +49,7 @@ KERNELS = _words(
     "subtract tan tanh xor"
 )
 # Read as much of their first operand as they write.
-SLICES = _words("slice dynamic-slice")
+SLICES = _words("slice dynamic-slice slice-start")
 # What is known of a kernel's operands does not tell what a fusion with these reads.
 NOT_IN_A_FUSION = _words(
     "dynamic-update-slice gather scatter while conditional call custom-call"
@@ -126,8 +131,10 @@ class Instruction(NamedTuple):
     operands: tuple[str, ...]
     # The computation that it runs or, in a fusion, consists of.
     calls: str | None
-    # Which one of the computation's it is.
+    # Of a parameter, which one of the computation's it is.
     parameter: int | None
+    # Of a custom call, what is called.
+    target: str | None
 
 
 Computation = dict[str, Instruction]
@@ -162,16 +169,15 @@ class _Count:
         operands = _operands(instruction, computation)
         if opcode in ("call", "async-start"):
             self.add(self._computations[instruction.calls])
-        elif opcode in FREE:
+        elif opcode in FREE or instruction.target in FREE_CUSTOM_CALLS:
             return
         elif base in COLLECTIVES:
             self._add_collective(base, instruction, computation)
         elif not any(map(list, map(arrays_of, (instruction.shape, *operands)))):
             return
-        elif opcode == "copy-start":
-            # Its result is (where to, where from, a signal).
+        elif opcode in COPIES:
             self.read += self._bytes_read(instruction, computation)
-            self.written += _device_bytes(instruction.shape[:1])
+            self.written += _device_bytes(_written(instruction))
         elif opcode in KERNELS or opcode in SLICES:
             self.kernels += 1
             self.read += self._bytes_read(instruction, computation)
@@ -193,7 +199,7 @@ class _Count:
     def _parts_read(self, instruction):
         """Of operands that are not read in whole, what is read, by their place."""
         if instruction.opcode in SLICES:
-            return {0: instruction.shape}
+            return {0: _written(instruction)}
         if instruction.opcode != "fusion":
             return {}
         fused = self._computations[instruction.calls]
@@ -237,6 +243,13 @@ def _operands(instruction, computation):
     return tuple(computation[name].shape for name in instruction.operands)
 
 
+def _written(instruction):
+    """The part of its result that an instruction writes."""
+    if instruction.opcode in COPIES:
+        return instruction.shape[COPIES[instruction.opcode]]
+    return instruction.shape
+
+
 def _is_slice(instruction):
     return instruction.opcode in SLICES
 
@@ -270,6 +283,7 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
 _LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*)")
 _OPCODE = re.compile(r"\s*([\w-]+)\(")
 _CALLS = re.compile(r"\b(?:calls|to_apply)=%([\w.-]+)")
+_TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _LAYOUT = re.compile(r"([\d,]*)(?::(?:T((?:\([\d,]*\))+))?(?:S\((\d+)\))?)?")
@@ -306,6 +320,7 @@ def _instruction(line):
     inside, attributes = _in_parentheses(rest[opcode.end() - 1 :])
     operands = re.findall(r"%([\w.-]+)", inside)
     calls = _CALLS.search(attributes)
+    target = _TARGET.search(attributes)
     return Instruction(
         name,
         shape,
@@ -313,6 +328,7 @@ def _instruction(line):
         tuple(operands),
         calls=calls[1] if calls else None,
         parameter=int(inside) if opcode[1] == "parameter" else None,
+        target=target[1] if target else None,
     )
 
 
