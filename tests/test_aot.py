@@ -6,6 +6,7 @@ How the compiled programs are read is tested on small ones, written by hand.
 import functools
 import json
 import os
+import subprocess
 import sys
 
 import jax
@@ -274,6 +275,31 @@ def test_what_the_user_has_set_stays(monkeypatch):
     assert len(devices) >= 4
     assert {device.device_kind for device in devices} == {"TPU v5 lite"}
     assert jax.default_backend() == "cpu"
+
+
+CHILD = """
+import jax
+from adamax_jax._lab import targets
+devices = [targets.devices(name)[0].platform for name in ("v5e", "h100")]
+print(devices, jax.default_backend())
+"""
+
+
+def test_a_process_that_was_not_told_where_to_run_stays_on_the_cpu():
+    """The plugins would look for devices, and complain."""
+    needs("v5e")
+    needs("h100")
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", CHILD],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['tpu', 'cuda'] cpu\n"
+    assert "Traceback" not in done.stderr
 
 
 def program(entry, *others):
