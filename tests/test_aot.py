@@ -298,7 +298,7 @@ def test_a_process_that_was_not_told_where_to_run_stays_on_the_cpu():
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "['tpu', 'cuda'] cpu\n"
+    assert done.stdout == "['tpu', 'gpu'] cpu\n"
     assert "Traceback" not in done.stderr
 
 
