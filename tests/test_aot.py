@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from adamax_jax import adamax
-from adamax_jax._lab import bench, compiled, scale, shapes, targets, traffic
+from adamax_jax._lab import bench, compiled, hlo, scale, shapes, targets, traffic
 from adamax_jax._lab.cli import main
 from adamax_jax._lab.contenders import TWO_BYTES
 
@@ -157,7 +157,7 @@ def test_a_shared_u_takes_no_padding():
     needs("v5e")
     contender = compiled.contenders()["adamax int8 and shared u"]
     executable, _ = compiled.compiled(contender, "v5e", {"matrix": (4000, 512)})
-    _, entry = traffic.parse(executable.as_text())
+    _, entry = hlo.parse(executable.as_text())
     (u,) = (
         instruction.shape
         for instruction in entry.values()
@@ -410,7 +410,7 @@ def test_an_array_that_is_brought_to_the_chip_in_slices():
     ],
 )
 def test_bytes_of_an_array_are_those_of_its_tiles(array, size):
-    _, entry = traffic.parse(program(f"  ROOT %a = {array} parameter(0)"))
+    _, entry = hlo.parse(program(f"  ROOT %a = {array} parameter(0)"))
     assert entry["a"].shape.bytes == size
 
 
