@@ -20,7 +20,7 @@ from adamax_jax._checks import (
     check_state,
     check_storage,
 )
-from adamax_jax._complex import by_parts, cast, dtype_like
+from adamax_jax._complex import cast, dtype_like
 from adamax_jax._descend import decayed_weights, descend
 from adamax_jax._leaves import dtypes_beside, update_leaves
 from adamax_jax._moments import (
@@ -28,10 +28,11 @@ from adamax_jax._moments import (
     Rule,
     coefficients,
     is_surely_positive,
-    mean_and_step,
+    next_mean,
     scalar_dtype,
+    size_and_gradient,
+    step_of_stored,
     with_eps,
-    within_range,
 )
 from adamax_jax._shared import SharedAxes, check_shared_axes, maximum_over, zeros_shared
 from adamax_jax._storage import (
@@ -59,7 +60,7 @@ class ScaleByAdamaxState(NamedTuple):
         also where the parameters are complex, and of size 1 along axes that share it.
         Below 32 bits it holds u / u_scale.
       u_scale: The decay of u that is not in the stored numbers yet; float32 scalar in
-        [1/2, 1], 1 where all of u has 32 bits or more.
+        [1, 2), 1 where all of u has 32 bits or more.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -462,13 +463,14 @@ def _update_leaf(g, stored_m, stored_u, c, rule, step_dtype):
     dtype = arithmetic_dtype(jnp.result_type(g), stored_m.dtype, stored_u.dtype)
     m, u = read(stored_m, stored_u, c.u_scale)
     g, m, u, c = cast((g, m, u, c), dtype)
-    g = within_range(g, stored_m, stored_u)
-    norm = maximum_over(jnp.abs(g), u.shape)
+    size, g = size_and_gradient(g, stored_m, stored_u)
+    norm = maximum_over(size, u.shape)
     u = jnp.maximum(c.b2 * u, with_eps(norm, c.both, rule))
-    m, step = by_parts(lambda g, m: mean_and_step(g, m, u, c.both, rule), g, m)
+    m = next_mean(g, m, c.both)
     stored_m, stored_u = write(
         m, u, c.next_u_scale, stored_m.dtype, stored_u.dtype, c.dither
     )
+    step = step_of_stored(g, m, u, stored_m, stored_u, c.next_u_scale, c.both, rule)
     return step.astype(step_dtype), stored_m, stored_u
 
 

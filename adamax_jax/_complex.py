@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -27,9 +28,9 @@ def within(x: jax.Array, largest: float) -> jax.Array:
 
     Where the parts of a complex number are finite, it is, whatever its modulus.
     """
-    end = number(largest, jnp.real(x).dtype)
     if not jnp.iscomplexobj(x):
-        return jnp.where(jnp.isfinite(x), jnp.clip(x, -end, end), x)
+        return _real_within(x, largest)
+    end = number(largest, jnp.real(x).dtype)
     half = jnp.abs(by_parts(lambda part: part / 2, x))
     is_beyond = jnp.isfinite(half) & (half > end / 2)
     # A little less, since the modulus of the product is rounded.
@@ -38,6 +39,17 @@ def within(x: jax.Array, largest: float) -> jax.Array:
 
 
 _LESS = 1 - 2.0**-20
+
+
+def _real_within(x, largest):
+    """By the bits, in which numbers are in order: fewer operations on a CPU."""
+    unsigned = np.dtype(f"uint{8 * x.dtype.itemsize}")
+    end, infinity = (np.array(n, x.dtype).view(unsigned) for n in (largest, np.inf))
+    bits = lax.bitcast_convert_type(x, unsigned)
+    sign = bits & unsigned.type(1 << (8 * x.dtype.itemsize - 1))
+    # Of unsigned numbers, what is within becomes large.
+    is_beyond = (bits ^ sign) - (end + 1) < infinity - (end + 1)
+    return jnp.where(is_beyond, lax.bitcast_convert_type(sign | end, x.dtype), x)
 
 
 def dtype_of(x: Any) -> Any:

@@ -14,7 +14,7 @@ from adamax_jax._complex import cast
 from adamax_jax._paths import name_of
 from adamax_jax._shared import reshare
 from adamax_jax._state import map_states, read_moments
-from adamax_jax._storage import arithmetic_dtype, write
+from adamax_jax._storage import arithmetic_dtype, within_dtypes, write
 
 
 def from_optax(state: optax.OptState) -> optax.OptState:
@@ -172,6 +172,7 @@ def _stored(m, u):
     for m, u in zip(m_leaves, u_leaves, strict=True):
         m_dtype, u_dtype = m.dtype, u.dtype
         m, u = cast((m, u), arithmetic_dtype(m_dtype, u_dtype))
+        m, u = within_dtypes(m, u, m_dtype, u_dtype)
         stored.append(write(m, u, 1, m_dtype, u_dtype, dither=0.5))
     return (
         jax.tree.unflatten(m_treedef, [m for m, _ in stored]),

@@ -20,7 +20,7 @@ from adamax_jax._checks import (
     check_rounding,
     check_state,
 )
-from adamax_jax._complex import by_parts, cast, number
+from adamax_jax._complex import cast, number
 from adamax_jax._descend import decayed_weights, descend
 from adamax_jax._leaves import dtypes_beside, update_leaves
 from adamax_jax._moments import (
@@ -28,11 +28,12 @@ from adamax_jax._moments import (
     Rule,
     coefficients,
     is_surely_positive,
-    mean_and_step,
+    next_mean,
     one_minus_power,
     scalar_dtype,
+    size_and_gradient,
+    step_of_stored,
     with_eps,
-    within_range,
 )
 from adamax_jax._quotient import divide
 from adamax_jax._storage import (
@@ -384,10 +385,11 @@ def _update_leaf(g, stored_m, stored_u, c, rule, known_p, step_dtype):
     m, u = read(stored_m, stored_u, u_scale=1)
     dtype = arithmetic_dtype(jnp.result_type(g), stored_m.dtype, stored_u.dtype)
     g, m, u, c = cast((g, m, u, c), dtype)
-    g = within_range(g, stored_m, stored_u)
-    u = _mean_of_order_p(u, with_eps(jnp.abs(g), c.both, rule), c, known_p)
-    m, step = by_parts(lambda g, m: mean_and_step(g, m, u, c.both, rule), g, m)
+    size, g = size_and_gradient(g, stored_m, stored_u)
+    u = _mean_of_order_p(u, with_eps(size, c.both, rule), c, known_p)
+    m = next_mean(g, m, c.both)
     stored_m, stored_u = write(m, u, 1, stored_m.dtype, stored_u.dtype, c.dither)
+    step = step_of_stored(g, m, u, stored_m, stored_u, 1, c.both, rule)
     return step.astype(step_dtype), stored_m, stored_u
 
 

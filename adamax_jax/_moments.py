@@ -7,9 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from adamax_jax._complex import dtype_of, number, within
+from adamax_jax._complex import by_parts, dtype_of, number, within
 from adamax_jax._quotient import quotient
-from adamax_jax._storage import arithmetic_dtype, largest_stored
+from adamax_jax._storage import (
+    arithmetic_dtype,
+    as_rounded,
+    is_ratio,
+    largest_stored,
+    read,
+    read_ratio,
+)
 
 
 class Rule(NamedTuple):
@@ -54,16 +61,22 @@ def scalar_dtype(*trees: Any) -> Any:
     return arithmetic_dtype(jnp.result_type(float), *dtypes)
 
 
-def within_range(g: jax.Array, stored_m: jax.Array, stored_u: jax.Array) -> jax.Array:
-    """Gradients cut off at what the state can hold, and a complex modulus be.
+def size_and_gradient(
+    g: jax.Array, stored_m: jax.Array, stored_u: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """|g|, and g for the mean: cut off at what the state can hold.
 
-    What is beyond counts as the end of the range, for m as for u. Plain float32
-    gradients beside a float32 state stay as they are.
+    What is beyond counts as the end of the range, for m as for u. Real |g| are left as
+    they are, since u is cut off when it is stored. So are plain float32 gradients
+    beside a float32 state, for the bits of m.
     """
     largest = largest_stored(stored_m.dtype, stored_u.dtype)
-    if jnp.iscomplexobj(g) or largest < float(jnp.finfo(g.dtype).max):
-        return within(g, largest)
-    return g
+    if jnp.iscomplexobj(g):
+        g = within(g, largest)
+        return jnp.abs(g), g
+    if largest < float(jnp.finfo(g.dtype).max):
+        return jnp.abs(g), within(g, largest)
+    return jnp.abs(g), g
 
 
 def with_eps(norm: jax.Array, c: Coefficients, rule: Rule) -> jax.Array:
@@ -71,12 +84,38 @@ def with_eps(norm: jax.Array, c: Coefficients, rule: Rule) -> jax.Array:
     return norm + c.eps if rule.eps_inside else norm
 
 
-def mean_and_step(
-    g: Any, m: Any, u: Any, c: Coefficients, rule: Rule
-) -> tuple[jax.Array, jax.Array]:
-    """The next mean and the step, of real arrays; u is the next one already."""
+def next_mean(g: jax.Array, m: jax.Array, c: Coefficients) -> jax.Array:
+    """The mean, with one more gradient in it."""
     # In the order of Optax's sum, which the compiler fuses to the same bits.
-    m = c.one_minus_b1 * g + c.b1 * m
+    return by_parts(lambda g, m: c.one_minus_b1 * g + c.b1 * m, g, m)
+
+
+def step_of_stored(
+    g: jax.Array,
+    m: jax.Array,
+    u: jax.Array,
+    stored_m: jax.Array,
+    stored_u: jax.Array,
+    u_scale: ArrayLike,
+    c: Coefficients,
+    rule: Rule,
+) -> jax.Array:
+    """The step of the new m and u, as they are stored.
+
+    So what is done is what will be remembered. And where XLA does not make one kernel
+    of all, that of the parameters reads few bytes. Derivatives pass as if nothing was
+    rounded.
+    """
+    if is_ratio(stored_m.dtype) and rule.eps_inside and not rule.nesterov:
+        ratio = as_rounded(quotient(m, u, rule.is_positive), read_ratio(stored_m))
+        return 2 * (c.half_correction * ratio)
+    read_m, read_u = read(stored_m, stored_u, u_scale)
+    m, u = as_rounded(m, read_m), as_rounded(u, read_u)
+    return by_parts(lambda g, m: _step(g, m, u, c, rule), g, m)
+
+
+def _step(g, m, u, c, rule):
+    """m_hat / u, of real arrays."""
     if rule.nesterov:
         half_m_hat = (
             c.b1 * c.half_next_correction * m + c.one_minus_b1 * c.half_correction * g
@@ -84,12 +123,15 @@ def mean_and_step(
     else:
         half_m_hat = c.half_correction * m
     denominator = u if rule.eps_inside else u + c.eps
-    return m, 2 * quotient(half_m_hat, denominator, rule.is_positive)
+    return 2 * quotient(half_m_hat, denominator, rule.is_positive)
 
 
 def is_surely_positive(eps: Any) -> bool:
-    """Whether eps is known and above 0, also where subnormal numbers count as 0."""
-    return isinstance(eps, float) and eps >= float(jnp.finfo(jnp.float32).tiny)
+    """Whether eps is known and above 0, also where subnormal numbers count as 0.
+
+    And where it was divided by ``u_scale``, which is below 2, and rounded to bfloat16.
+    """
+    return isinstance(eps, float) and eps >= 4 * float(jnp.finfo(jnp.float32).tiny)
 
 
 def one_minus_power(b: ArrayLike, t: ArrayLike) -> jax.Array:

@@ -15,7 +15,14 @@ from adamax_jax._checks import check_complex, check_dtype
 from adamax_jax._complex import cast, dtype_like
 from adamax_jax._paths import is_inside, name_of, path_finder
 from adamax_jax._shared import can_reshare, reshare
-from adamax_jax._storage import M_DTYPES, U_DTYPES, arithmetic_dtype, read, write
+from adamax_jax._storage import (
+    M_DTYPES,
+    U_DTYPES,
+    arithmetic_dtype,
+    read,
+    within_dtypes,
+    write,
+)
 
 
 def moments(state: optax.OptState) -> tuple[optax.Updates, optax.Updates]:
@@ -244,6 +251,7 @@ def _rewrite(m, u, u_scale, m_dtypes, like_u):
         dtype = arithmetic_dtype(m.dtype, u.dtype, m_dtype, like_u.dtype)
         m, u = cast(read(m, u, u_scale), dtype)
         u = reshare(u, like_u.shape)
+        m, u = within_dtypes(m, u, m_dtype, like_u.dtype)
         return write(m, u, new_scale, m_dtype, like_u.dtype, dither=0.5)
 
     rewritten = [rewrite(*leaf) for leaf in zip(m, u, m_dtypes, like_u, strict=True)]

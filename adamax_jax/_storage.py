@@ -5,7 +5,7 @@ Rounding is monotone, so it commutes with a maximum. The infinity norm
 stored number was rounded once, when it was set:
 
 - What is stored is ``u / u_scale``. The scalar ``u_scale`` takes the decay; where it
-  falls below one half it is doubled and the stored numbers are halved, which is exact.
+  falls below 1 it is doubled and the stored numbers are halved, which is exact.
 - A number that is read, multiplied by its scale, divided by it again and rounded comes
   back as it was: the products in float32 are off by 2^-22 at most, which a rounding to
   fewer bits undoes.
@@ -21,7 +21,6 @@ To add a format, add its name below and what it means to the functions that ask 
 dtype.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from adamax_jax._complex import by_parts
+from adamax_jax._complex import by_parts, number, within
 from adamax_jax._quotient import quotient
 
 _FLOATS = (
@@ -49,12 +48,21 @@ U_DTYPES = (*_FLOATS, "uint8")
 _DROPPED_BITS = 21
 _OFFSET = ((127 - 32) << (23 - _DROPPED_BITS)) - 1
 
-# One byte for m holds ratios up to this. At the default decay rates |m| stays below
-# 1.01 u, and a uint8 u may have been rounded down by a ninth of itself. In int8, code c
-# is the ratio sign(c) * _LARGEST_RATIO * (c / 127)^2: linear codes would lose a small
-# persistent mean next to a rare large gradient; the square keeps 8e-5.
+# A float of one byte for m holds ratios up to this. At the default decay rates |m|
+# stays below 1.01 u, and a uint8 u may have been rounded down by a ninth of itself.
 _LARGEST_RATIO = 1.25
+
+# int8: the leading bits of a float32 again, of the ratio plus a number: 16 codes per
+# octave well above it and equal steps of 2^-12 below, so that a small persistent mean
+# is kept next to a rare large gradient. Between two codes the bits are linear in the
+# ratio, since those of the number end in zeros. Code 127 is 1.307; -128 is NaN.
+_DROPPED_BITS_OF_M = 19
+_KNEE = 1.375 * 2.0**-8
+_START = int(np.float32(_KNEE).view(np.int32)) >> _DROPPED_BITS_OF_M
 _CODES = 127
+
+# The bits of float32 numbers.
+_INFINITY, _NAN = 0x7F800000, 0x7FC00000
 
 # Rounding leaves at least this share of u, a little less than 8/9.
 _ROUNDING_LEAVES = 0.88
@@ -87,23 +95,17 @@ def arithmetic_dtype(*dtypes: Any) -> Any:
 
 def largest_stored(m_dtype: Any, u_dtype: Any) -> float:
     """The largest gradient whose m and u these dtypes hold, whatever ``u_scale`` is."""
-    if u_dtype == jnp.uint8:
-        # That of code 255, times one half.
-        return 1.5 * 2.0**30
-    largest_u = float(jnp.finfo(u_dtype).max)
-    if not is_wide(u_dtype):
-        return largest_u / 2
-    return (
-        min(largest_u, float(jnp.finfo(m_dtype).max)) if is_wide(m_dtype) else largest_u
-    )
+    largest_u = _largest(u_dtype)
+    return largest_u if is_ratio(m_dtype) else min(largest_u, _largest(m_dtype))
 
 
 def decay_scale(u_scale: jax.Array, b2: jax.Array) -> jax.Array:
-    """The next ``u_scale``: ``b2 * u_scale``, doubled until it is at least one half."""
+    """The next ``u_scale``: ``b2 * u_scale``, doubled until it is at least 1."""
     scale = b2 * u_scale
     # frexp: scale = fraction * 2^exponent with a fraction in [1/2, 1).
     _, exponent = jnp.frexp(lax.stop_gradient(scale))
-    return jnp.where(scale > 0, scale * jnp.ldexp(jnp.ones_like(scale), -exponent), 1)
+    power = jnp.ldexp(jnp.ones_like(scale), 1 - exponent)
+    return jnp.where(scale > 0, scale * power, 1)
 
 
 def read(
@@ -119,6 +121,17 @@ def read(
     return _read_m(stored_m, u), u
 
 
+def read_ratio(stored_m: jax.Array) -> jax.Array:
+    """m/u, of an m that is stored as that."""
+    if stored_m.dtype != jnp.int8:
+        return stored_m.astype(jnp.float32)
+    code = stored_m.astype(jnp.int32)
+    size = jnp.abs(code)
+    ratio = _number((size + _START) << _DROPPED_BITS_OF_M) - _KNEE
+    ratio = jnp.where(size > _CODES, jnp.nan, ratio)
+    return jnp.where(code < 0, -ratio, ratio)
+
+
 def write(
     m: jax.Array,
     u: jax.Array,
@@ -129,31 +142,43 @@ def write(
 ) -> tuple[jax.Array, jax.Array]:
     """m and u rounded to dtypes: positive u stays positive, finite numbers finite.
 
-    Where u is above the largest number of its dtype, m shrinks with it, so that no step
-    becomes longer.
-
     Args:
       m: The mean, real or complex, in float32 or float64.
-      u: The norm; real, in the same precision.
+      u: The norm; real, in the same precision. Both :func:`within_dtypes`.
       u_scale: What a stored u is multiplied by when it is read.
       m_dtype, u_dtype: What to store them in.
       dither: Which of its two neighbours an m below 32 bits becomes: a number in
         [0, 1), compared with the place of m between them; 1/2 for the nearer one.
     """
     stored_u = _write_u(u, u_scale, u_dtype)
-    next_u = _read_u(stored_u, u_scale).astype(u.dtype)
-    # Rounding leaves this of u at least: what is below was cut off at the largest
-    # number of its dtype.
-    least_u = _ROUNDING_LEAVES * u
     if is_ratio(m_dtype):
-        # Multiplied by the u that will be read, the ratio shrinks m by itself.
-        ratio_to = jnp.maximum(next_u, least_u)
-        return _write_ratio(m, ratio_to, jnp.dtype(m_dtype), dither), stored_u
-    if _range_ends_below(u_dtype, u.dtype):
-        is_cut = (next_u < least_u) & jnp.isfinite(u)
-        share = jnp.where(is_cut, next_u / jnp.where(is_cut, least_u, 1), 1)
-        m = by_parts(lambda part: part * share, m)
-    return _write_float(m, m_dtype, dither), stored_u
+        divisor = _divisor(stored_u, u_scale).astype(u.dtype)
+        return _write_ratio(m, divisor, jnp.dtype(m_dtype), dither), stored_u
+    if is_wide(m_dtype):
+        return m.astype(m_dtype), stored_u
+    return _write_bfloat16(m, dither), stored_u
+
+
+def within_dtypes(
+    m: jax.Array, u: jax.Array, m_dtype: Any, u_dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """m and u where dtypes hold them: beyond, both shrink, and the step is the same."""
+    largest = number(largest_stored(m_dtype, u_dtype), u.dtype)
+    is_beyond = jnp.isfinite(u) & (u > largest)
+    share = jnp.where(is_beyond, largest / jnp.where(is_beyond, u, 1), 1)
+    m = by_parts(lambda part: part * share, m)
+    return m, jnp.where(is_beyond, largest, u)
+
+
+@jax.custom_jvp
+def as_rounded(exact: jax.Array, rounded: jax.Array) -> jax.Array:
+    """What was stored in place of a number, with the derivatives of that."""
+    return rounded.astype(exact.dtype)
+
+
+@as_rounded.defjvp
+def _(primals, tangents):
+    return as_rounded(*primals), tangents[0]
 
 
 def as_stored(u: jax.Array, u_scale: ArrayLike, dtype: Any) -> jax.Array:
@@ -187,144 +212,171 @@ def _read_u(stored, u_scale):
     u_scale = jnp.asarray(u_scale, jnp.float32)
     if stored.dtype != jnp.uint8:
         return stored.astype(jnp.float32) * u_scale
-    bits = (stored.astype(jnp.int32) + _OFFSET) << _DROPPED_BITS
-    number = lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(stored == 0, 0, number) * u_scale
+    return jnp.where(stored == 0, 0, _number_of_code(stored)) * u_scale
+
+
+def _number_of_code(stored):
+    """What a code of uint8 stands for, if it is not 0."""
+    return _number((stored.astype(jnp.int32) + _OFFSET) << _DROPPED_BITS)
+
+
+def _divisor(stored_u, u_scale):
+    """The u that will be read; of 0, beside which m is 0, any other number."""
+    if stored_u.dtype == jnp.uint8:
+        return _number_of_code(stored_u) * jnp.asarray(u_scale, jnp.float32)
+    u = _read_u(stored_u, u_scale)
+    return jnp.where(u == 0, 1, u)
 
 
 def _write_u(u, u_scale, dtype):
-    """The number of a dtype that is nearest to ``u / u_scale``."""
+    """The number of a dtype nearest to ``u / u_scale``; u ends with its range."""
+    largest = _largest(dtype)
+    if u.dtype == jnp.float64 and dtype != jnp.float64:
+        u = within(u, largest)
     if is_wide(dtype):
-        if _range_ends_below(dtype, u.dtype):
-            u = _clip(u, float(jnp.finfo(dtype).max))
         return u.astype(dtype)
-    scaled = u.astype(jnp.float32) * (1 / jnp.asarray(u_scale, jnp.float32))
-    smallest, largest = _ends(dtype)
+    inverse_scale = 1 / jnp.asarray(u_scale, jnp.float32)
+    scaled = u.astype(jnp.float32) * inverse_scale
+    if dtype == jnp.bfloat16:
+        rounded = _number(_bfloat16(_bits(scaled), carry=0x7FFF))
+        return as_rounded(scaled, rounded).astype(dtype)
+    end = largest * inverse_scale
     if dtype != jnp.uint8:
         keep = (u == 0) | jnp.isinf(u)
-        return jnp.where(keep, scaled, jnp.clip(scaled, smallest, largest)).astype(
-            dtype
-        )
-    # abs clears the sign of a NaN, which then saturates like an infinity.
-    bits = lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32)
+        clipped = jnp.clip(scaled, _smallest(dtype), end)
+        return _narrowed(jnp.where(keep, scaled, clipped), dtype)
+    # abs clears the sign of a NaN, which then counts as the end, as an infinity does.
+    bits = jnp.minimum(_bits(jnp.abs(scaled)), _bits(end))
     # Adding half a code rounds to nearest; a carry goes on to the next octave.
     code = ((bits + (1 << (_DROPPED_BITS - 1))) >> _DROPPED_BITS) - _OFFSET
-    return jnp.where(scaled == 0, 0, jnp.clip(code, smallest, largest)).astype(
-        jnp.uint8
-    )
+    # What is not 0 does not become 0.
+    return _narrowed(jnp.maximum(code, jnp.minimum(bits, 1)), jnp.uint8)
 
 
 def _read_m(stored, u):
     """m, given the u that is stored beside it."""
     if is_ratio(stored.dtype):
-        ratio = stored.astype(u.dtype)
-        if stored.dtype == jnp.int8:
-            ratio = ratio * jnp.abs(ratio) * (_LARGEST_RATIO / _CODES**2)
-        return ratio * u
+        return read_ratio(stored).astype(u.dtype) * u
     return stored if is_wide(stored.dtype) else stored.astype(jnp.float32)
 
 
-def _write_float(m, dtype, dither):
-    """m rounded to a float dtype of float32's range; what is finite stays finite."""
-    largest = float(jnp.finfo(dtype).max)
-    if is_wide(dtype):
-        if _range_ends_below(dtype, m.dtype):
-            m = by_parts(lambda part: _clip(part, largest), m)
-        return m.astype(dtype)
-    m = _clip(m, largest)
-    return jnp.where(jnp.isfinite(m), _neighbour(m, dither, dtype), m).astype(dtype)
-
-
 def _write_ratio(m, u, dtype, dither):
-    """m / u rounded to a byte, or to float16."""
+    """m / u rounded to a byte, or to float16; what is not finite becomes NaN."""
     if dtype == jnp.int8:
         return _write_int8(m, u, dither)
-    largest = _LARGEST_RATIO if is_bounded_ratio(dtype) else _ends(dtype)[1]
-    ratio = jnp.clip(quotient(m, u), -largest, largest)
-    rounded = jnp.where(jnp.isnan(ratio), ratio, _neighbour(ratio, dither, dtype))
-    return rounded.astype(dtype)
+    ratio = quotient(m, u, is_positive=True)
+    return _narrowed(as_rounded(ratio, _neighbour(ratio, dither, dtype)), dtype)
 
 
 def _write_int8(m, u, dither):
-    # What is not finite has no code; the update has already carried it to the user.
-    undefined = (u == 0) | ~jnp.isfinite(m)
-    # Of |m|, with m's sign in the end: a quotient that is read twice, XLA:CPU writes to
-    # memory in between.
-    ratio = jnp.where(undefined, 0, jnp.abs(m) / jnp.where(undefined, 1, u))
-    square = jnp.minimum(ratio * (_CODES**2 / _LARGEST_RATIO), _CODES**2)
-    below = jnp.floor(jnp.sqrt(square))
-    # The place between below^2 and (below + 1)^2, linear in m.
-    above = square - below * below > dither * (2 * below + 1)
-    code = jnp.where(above, below + 1, below)
-    return jnp.where(m < 0, -code, code).astype(jnp.int8)
+    # Of |m|, with m's sign in the end: what reads a quotient twice, XLA:CPU writes to
+    # memory. abs clears the sign of a NaN, so that its bits are above infinity's.
+    ratio = quotient(jnp.abs(m), u, is_positive=True).astype(jnp.float32)
+    bits = _bits(jnp.abs(ratio + _KNEE))
+    code = (
+        (bits + _carry(dither, 1 << _DROPPED_BITS_OF_M)) >> _DROPPED_BITS_OF_M
+    ) - _START
+    size = jnp.where(bits < _INFINITY, jnp.minimum(code, _CODES), _CODES + 1)
+    return _narrowed(jnp.where(m < 0, -size, size), jnp.int8)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _neighbour(x, dither, dtype):
-    """The number of a float dtype below |x| or above it, with the sign of x.
+def _narrowed(x, dtype):
+    """Numbers that a dtype has, in that dtype.
 
-    Above if the place of |x| between the two exceeds a dither: with one that is uniform
-    in [0, 1) their mean is x. Derivatives pass as if nothing was rounded.
+    XLA:CPU computes a conversion anew wherever it is read, and everything before it,
+    which then is read in more than one place and written to memory. A choice between
+    two arrays it keeps. On a TPU such a choice would take a kernel of its own.
     """
-    dither = jnp.asarray(dither, jnp.float32)
-    if dtype == jnp.bfloat16:
-        return _neighbour_in_bfloat16(x, dither).astype(x.dtype)
-    size = jnp.abs(x).astype(jnp.float32)
-    # The numbers of a dtype are equally far apart from one power of two to the next,
-    # and at its lower end down to 0. Below float32's normal numbers nothing is kept.
-    exponent = lax.bitcast_convert_type(size, jnp.int32) & 0x7F800000
-    power = lax.bitcast_convert_type(exponent, jnp.float32)
-    smallest = max(_ends(dtype)[0], float(jnp.finfo(jnp.float32).tiny))
-    distance = jnp.maximum(power * float(jnp.finfo(dtype).eps), smallest)
-    place = size / distance
-    below = jnp.floor(place)
-    size = jnp.where(place - below > dither, below + 1, below) * distance
-    return jnp.where(x < 0, -size, size).astype(x.dtype)
+
+    def chosen(x):
+        return jnp.where(x == 0, jnp.zeros([], dtype), x.astype(dtype))
+
+    return lax.platform_dependent(x, cpu=chosen, default=lambda x: x.astype(dtype))
 
 
-@_neighbour.defjvp
-def _neighbour_jvp(dtype, primals, tangents):
-    x, dither = primals
-    return _neighbour(x, dither, dtype), tangents[0]
+def _neighbour(ratio, dither, dtype):
+    """The number of a float dtype below |ratio| or above it, with its sign, as float32.
 
-
-def _neighbour_in_bfloat16(x, dither):
-    """The same by the bits of a float32, of which bfloat16 keeps the first half.
-
-    What is added carries over if the second half, the place between the neighbours,
-    exceeds the dither. XLA:CPU reads x twice else, and writes it to memory in between.
+    Above if its place between the two exceeds a dither: with one that is uniform in
+    [0, 1) their mean is the ratio.
     """
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    place = jnp.floor(dither * 2.0**16).astype(jnp.uint32)
-    bits = (bits + (np.uint32(0xFFFF) - place)) & np.uint32(0xFFFF0000)
+    info = jnp.finfo(dtype)
+    size, sign = _size_and_sign(ratio)
+    whole = 1 << (jnp.finfo(jnp.float32).nmant - info.nmant)
+    carry = _carry(dither, whole)
+    # float32's numbers and those of another dtype are equally far apart, but for the
+    # bits that this lacks, from one power of two to the next.
+    last = _bits(_largest_ratio(dtype))
+    rounded = (jnp.minimum(size, last) + carry) & -whole
+    # And below its smallest normal number as right above that.
+    normal = float(info.smallest_normal)
+    small = (_bits(_number(size) + normal) + carry) & -whole
+    rounded = jnp.where(size < _bits(normal), _bits(_number(small) - normal), rounded)
+    return _number(jnp.where(size < _INFINITY, rounded | sign, _NAN))
+
+
+def _write_bfloat16(x, dither):
+    """The same in bfloat16, which has float32's exponents; infinities stay."""
+    size, sign = _size_and_sign(x)
+    rounded = sign | _bfloat16(size, _carry(dither, 1 << 16))
+    return as_rounded(x, _number(rounded)).astype(jnp.bfloat16)
+
+
+def _bfloat16(size, carry):
+    """The first half of bits, and one more where the second half and a carry exceed it.
+
+    What is finite stays finite: as they are, the bits of infinity and NaN are larger.
+    """
+    largest = _INFINITY - (1 << 16)
+    return jnp.maximum(jnp.minimum(size, largest) + carry, size) & -(1 << 16)
+
+
+def _carry(dither, whole):
+    """What added to a part of a whole exceeds that where the part exceeds a dither."""
+    return whole - 1 - jnp.floor(dither * float(whole)).astype(jnp.int32)
+
+
+def _size_and_sign(x):
+    """The bits of a float32 without that of the sign, and that.
+
+    By its bits, x is read once; what reads a quotient twice, XLA:CPU writes to memory.
+    """
+    bits = _bits(x.astype(jnp.float32))
+    return bits & 0x7FFFFFFF, bits & ~0x7FFFFFFF
+
+
+def _bits(x):
+    if isinstance(x, float):
+        return int(np.float32(x).view(np.int32))
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _number(bits):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _clip(x, largest):
-    """What is finite cut off at a largest number."""
-    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
+def _smallest(dtype):
+    """The smallest positive number of a float dtype."""
+    return float(jnp.finfo(dtype).smallest_subnormal)
 
 
-def _ends(dtype):
-    """The smallest positive and the largest finite number of a dtype."""
+def _largest_ratio(dtype):
+    """The largest m/u of a float dtype."""
+    return _LARGEST_RATIO if is_bounded_ratio(dtype) else _largest(dtype)
+
+
+def _largest(dtype):
+    """The largest number of a dtype; of bfloat16, that of float32, all but the same."""
     if dtype == jnp.uint8:
-        return 1, 255
-    info = jnp.finfo(dtype)
-    return float(info.smallest_subnormal), float(info.max)
-
-
-def _range_ends_below(dtype, wider):
-    """Whether the numbers of a dtype end at a lower power of two than those of another.
-
-    Those of bfloat16 end with those of float32.
-    """
-    return dtype == jnp.uint8 or jnp.finfo(dtype).maxexp < jnp.finfo(wider).maxexp
+        # That of code 255.
+        return 1.5 * 2.0**31
+    return float(jnp.finfo(jnp.float32 if dtype == jnp.bfloat16 else dtype).max)
 
 
 def _is_saturated_u(stored, u_scale):
     if is_wide(stored.dtype):
         return jnp.zeros(stored.shape, bool)
-    smallest, _ = _ends(stored.dtype)
+    smallest = 1 if stored.dtype == jnp.uint8 else _smallest(stored.dtype)
     # Where gradients were cut off there, but for the rounding.
     largest = _ROUNDING_LEAVES * largest_stored(jnp.float32, stored.dtype)
     return (stored == smallest) | (_read_u(stored, u_scale) >= largest)
@@ -335,6 +387,5 @@ def _is_saturated_m(stored):
         return jnp.zeros(stored.shape, bool)
     if stored.dtype == jnp.int8:
         return jnp.abs(stored) == _CODES
-    is_bounded = is_bounded_ratio(stored.dtype)
-    largest = _LARGEST_RATIO if is_bounded else _ends(stored.dtype)[1]
+    largest = _largest_ratio(stored.dtype)
     return jnp.abs(stored) == jnp.asarray(largest, stored.dtype)

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Of int8: where a ratio is cut off, and the last code.
-_LARGEST_RATIO, _LAST_CODE = 1.25, 127
-# How far apart the numbers of a narrow m are, relative to the number and at least; of
-# int8 the ratios in twice the square root of their share.
+# Of int8: 16 codes to each octave of the ratio plus this.
+KNEE_OF_INT8 = 1.375 / 256
+# How far apart the numbers of another narrow m are, relative to it and at least.
 EPS_OF_M = {
     "bfloat16": (2**-7, 0.0),
     "float16": (2**-10, 2**-24),
@@ -22,8 +21,7 @@ def spacing(ratio, m_dtype):
     """How far apart numbers of an m are where it is this share of u."""
     ratio = np.abs(ratio)
     if m_dtype == "int8":
-        share = np.sqrt(ratio / _LARGEST_RATIO) / _LAST_CODE
-        return _LARGEST_RATIO * (2 * share + _LAST_CODE**-2)
+        return 2.0 ** np.floor(np.log2(ratio + KNEE_OF_INT8)) / 16
     relative, least = EPS_OF_M[m_dtype]
     return np.maximum(relative * ratio, least)
 
@@ -78,16 +76,19 @@ def exact_mean_beside(norms, eps):
 
 
 def noise_of_rounding(exact, m_dtype):
-    """The standard deviations of the travel and of the last step, if unbiased."""
+    """The standard deviations of the travel and of the last step, if unbiased.
+
+    A rounding is in the step at which it is made, and in what is kept of it after that.
+    """
     ratio, kept, correction = exact
     h = spacing(ratio, m_dtype)
     # Of a number at a share p between its neighbours: p (1 - p) h^2.
     variance = np.minimum(h**2 / 4, np.abs(ratio) * h)
     travel = weight = last = np.zeros(ratio.shape[1:])
-    for t in reversed(range(1, len(ratio))):
-        weight = kept[t] * (correction[t] + weight)
-        travel = travel + weight**2 * variance[t - 1]
-    for t in range(1, len(ratio)):
-        deviation = correction[t] * kept[t] * np.sqrt(last := last + variance[t - 1])
-        last = kept[t] ** 2 * last
-    return np.sqrt(travel), deviation
+    for t in reversed(range(len(ratio))):
+        weight = correction[t] + weight
+        travel = travel + weight**2 * variance[t]
+        weight = kept[t] * weight
+    for t in range(len(ratio)):
+        last = kept[t] ** 2 * last + variance[t]
+    return np.sqrt(travel), correction[-1] * np.sqrt(last)

@@ -485,8 +485,8 @@ class TestEndsOfTheRange:
     def assert_first_steps(self, optimizer, g, expected):
         """Constant gradients: each step is the sign, whatever the size."""
         state = optimizer.init(jnp.zeros_like(g, dtype_of_state(g)))
-        # Half the distance of two codes of an int8 m is 2.8 % of m there.
-        rtol = 0.03 if state.m.dtype == jnp.int8 else 0.01
+        # How far apart two numbers of m are where m/u is 0.1.
+        rtol = {"int8": 0.04, "float8_e4m3fn": 0.08}.get(state.m.dtype.name, 0.01)
         for jit in (False, True):
             update = jax.jit(optimizer.update) if jit else optimizer.update
             state = optimizer.init(jnp.zeros_like(g, dtype_of_state(g)))
@@ -612,9 +612,10 @@ def test_constant_gradients_beyond_what_u_holds(m_dtype, u_dtype):
 
     _, steps = jax.lax.scan(step, optimizer.init(g), length=2000)
     expected = np.broadcast_to(np.sign(g), steps.shape)
-    # The rounding of u, and that of an int8 m.
+    # The rounding of u, and that of m.
     of_u = 1e-3 if u_dtype == "float16" else 1 / 8
-    np.testing.assert_allclose(steps, expected, rtol=of_u + 0.05)
+    of_m = 0.1 if m_dtype == "int8" else 0.05
+    np.testing.assert_allclose(steps, expected, rtol=of_u + of_m)
 
 
 def test_gradients_that_are_just_finite_are_not_cut_off_in_float32():

@@ -30,7 +30,7 @@ BYTES_PER_PARAMETER = {"own": 8, "bfloat16": 4, "two bytes": 2}
 # How far an update may be from that of float32, at gradients of every size.
 FAR_FROM_FLOAT32 = {"own": 0, "bfloat16": 0.02, "two bytes": 0.2}
 # Where a ratio m/u in one byte is cut off, and the last code of it in int8.
-LARGEST_RATIO, LAST_CODE = 1.25, 127
+LARGEST_RATIO = 1.25
 EVERY_STORAGE = pytest.mark.parametrize("name", STORAGES)
 # Decades on either side of 1 that a dtype holds with a full significand, spikes and the
 # factor of 2 of the scale included.
@@ -159,10 +159,13 @@ def assert_same_bits(actual, expected):
 
 @pytest.mark.parametrize("u_dtype", NARROW)
 def test_every_u_that_is_read_is_written_back_as_it_was(u_dtype):
-    u = jnp.asarray(every_number(u_dtype))
-    m = jnp.zeros(u.shape)
-    just_below_1 = np.nextafter(np.float32(1), np.float32(0))
-    for u_scale in (1.0, 0.5, 0.999, 2 / 3, just_below_1):
+    just_below_2 = np.nextafter(np.float32(2), np.float32(0))
+    everything = every_number(u_dtype)
+    for u_scale in (1.0, 1.998, 1.5, 4 / 3, just_below_2):
+        # The range of u ends with the numbers of the dtype, whatever the scale.
+        known = UINT8 if u_dtype == "uint8" else everything.astype(np.float64)
+        u = jnp.asarray(everything[known * u_scale <= known.max()])
+        m = jnp.zeros(u.shape)
         (_, again), number = written_back(m, u, jnp.float32(u_scale))
         assert_same_bits(again, u)
         np.testing.assert_allclose(
@@ -219,7 +222,7 @@ def test_u_is_rounded_once(gradients, b2, u_dtype):
     g[::2] = np.where(g[::2] == 0, np.float32(1), g[::2])
     b2 = np.float32(np.maximum(b2, 0.5))
     stored, u_scale = norms(u_dtype)(jnp.asarray(g), b2)
-    assert np.all(u_scale >= 0.5) and np.all(u_scale <= 1)
+    assert np.all(u_scale >= 1) and np.all(u_scale < 2)
     assert_rounded_once(stored, g, b2.astype(np.float64), u_scale, u_dtype)
 
 
@@ -244,14 +247,17 @@ def test_decaying_the_stored_number_would_fail(u_dtype):
 def test_scale_stays_in_range_at_every_b2(b2):
     g = heavy_tailed("bfloat16", steps=200)
     stored, u_scale = norms("bfloat16")(jnp.asarray(g), np.full(len(g), np.float32(b2)))
-    assert np.all((u_scale >= 0.5) & (u_scale <= 1))
+    assert np.all((u_scale >= 1) & (u_scale < 2))
     u = numbers(stored, "bfloat16") * np.asarray(u_scale, np.float64)[:, None]
     np.testing.assert_allclose(u, exact(g, np.full(len(g), b2)), rtol=2**-8, atol=1e-30)
 
 
 @pytest.mark.parametrize("u_dtype", NARROW)
 def test_out_of_range(u_dtype):
-    """What is positive stays positive, what is finite finite, and m keeps its share."""
+    """What is positive stays positive, and what is finite finite.
+
+    Gradients above the end count as the end; those below are divided by the smallest.
+    """
     largest = 1.5 * 2.0**31 if u_dtype == "uint8" else float(jnp.finfo(u_dtype).max)
     smallest = (
         UINT8[1] if u_dtype == "uint8" else float(jnp.finfo(u_dtype).smallest_subnormal)
@@ -259,13 +265,16 @@ def test_out_of_range(u_dtype):
     optimizer = scale_by_adamax(eps=0.0, m_dtype="int8", u_dtype=u_dtype)
     g = jnp.array([1e-36, -1e-36, 3e38, -3e38, 0.0])
     update, state = optimizer.update(g, optimizer.init(g))
-    np.testing.assert_array_max_ulp(np.asarray(update), np.sign(g), maxulp=2)
+    expected = np.array(np.sign(g))
+    if u_dtype != "bfloat16":
+        expected[:2] = 0
+    # A first m/u of 0.1 lies between two codes that are 4 % of it apart.
+    np.testing.assert_allclose(update, expected, rtol=0.04)
     if u_dtype != "bfloat16":
         stored = numbers(state.u, u_dtype)
         np.testing.assert_array_equal(stored[[0, 1, 4]], [smallest, smallest, 0])
-        # Half of the largest number, which u_scale may be.
         u = stored[2:4] * float(state.u_scale)
-        np.testing.assert_allclose(u, largest / 2, rtol=1 - ROUNDING_LEAVES)
+        np.testing.assert_allclose(u, largest, rtol=1 - ROUNDING_LEAVES)
 
     def step(state, _):
         update, state = optimizer.update(0 * g, state)
@@ -292,12 +301,19 @@ def test_large_gradients_leave_a_finite_state(dtype):
         assert np.all(np.isfinite(update))
 
 
-# By what factor the rounding of m may make a step longer: of a float8, half an ulp.
-ROUNDING_OF_M = {"int8": 1.01, "float8_e5m2": 1.07, "bfloat16": 1.01, "float32": 1.01}
+# The longest step at the default rates where rounding adds to it, beside a wide u.
+BOUNDS = {
+    "float32": 1.0092,
+    "bfloat16": 1.04,
+    "float16": 1.011,
+    "float8_e4m3fn": 1.13,
+    "float8_e5m2": 1.25,
+    "int8": 1.10,
+}
 
 
 @pytest.mark.parametrize("u_dtype", ["float16", *FLOAT8, "uint8"])
-@pytest.mark.parametrize("m_dtype", ROUNDING_OF_M)
+@pytest.mark.parametrize("m_dtype", ["int8", "float8_e5m2", "bfloat16", "float32"])
 def test_no_step_gets_past_the_bound_out_of_range(m_dtype, u_dtype):
     """Gradients beyond both ends, and none after them."""
     rng = np.random.default_rng(0)
@@ -306,8 +322,7 @@ def test_no_step_gets_past_the_bound_out_of_range(m_dtype, u_dtype):
     g[rng.random(g.shape) < 0.5] = 0
     optimizer = scale_by_adamax(eps=0.0, m_dtype=m_dtype, u_dtype=u_dtype)
     update = updates_of(optimizer, jnp.asarray(g))
-    longest = ROUNDING_OF_M[m_dtype] * LONGEST_STEP / ROUNDING_LEAVES
-    assert np.all(np.abs(update) <= longest)
+    assert np.all(np.abs(update) <= BOUNDS[m_dtype] / ROUNDING_LEAVES)
 
 
 @pytest.mark.parametrize("u_dtype", ["float16", *FLOAT8, "uint8"])
@@ -320,8 +335,7 @@ def test_no_step_gets_past_the_bound_just_out_of_range(m_dtype, u_dtype):
     optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype)
     update = updates_of(optimizer, jnp.asarray(g))
     # The decay of the scale brings a u below its end back into the range.
-    longest = ROUNDING_OF_M[m_dtype] * LONGEST_STEP / ROUNDING_LEAVES
-    assert np.all(np.abs(update) <= longest)
+    assert np.all(np.abs(update) <= BOUNDS[m_dtype] / ROUNDING_LEAVES)
 
 
 def test_complex_m_shrinks_with_u():
@@ -346,11 +360,10 @@ class TestMean:
     def test_error_stays_bounded(self):
         """Over 20,000 steps, against float64.
 
-        A code moves m/u by at most one step of the scale, 1.25 * 255 / 127^2 < 0.02 at
-        its end and 0.0177 at 1. A stored error decays by b1 a step, while u may decay
-        by b2: the errors add up to 0.02 / (1 - b1 / b2) = 0.2 at worst. As they are of
-        either sign, they stay far below that. To compare m alone, both ratios are to
-        the u that is stored.
+        A code moves m/u by at most one step of the scale, 1/16 at its end. A stored
+        error decays by b1 a step, while u may decay by b2: the errors add up to
+        (1/16) / (1 - b1 / b2) = 0.63 at worst. As they are of either sign, they stay
+        far below that. To compare m alone, both ratios are to the u that is stored.
         """
         g = heavy_tailed("uint8")
         m = np.stack([s.m for s in reference.adamax(g.astype(np.float64))])
@@ -363,7 +376,6 @@ class TestMean:
         run = jax.jit(lambda g: jax.lax.scan(step, optimizer.init(g[0]), g)[1])
         decoded, u = (np.asarray(x, np.float64) for x in run(jnp.asarray(g)))
         error = np.abs(decoded - m) / u
-        assert np.max(error) < 0.02 / (1 - 0.9 / 0.999)
         assert np.max(error) < 0.06
         assert np.mean(error) < 0.006
         # It does not grow with age.
@@ -398,22 +410,11 @@ class TestMean:
 
     def test_rounding_to_nearest_would_lose_them(self):
         """Why rounding is not to the nearest: the nearest code would never be left."""
-        ratio, target = 0.0, 0.003
+        ratio, target = 0.0, 0.002
         for _ in range(1000):
             ratio = 0.9 * ratio + 0.1 * target
-            code = np.round(LAST_CODE * np.sqrt(ratio / LARGEST_RATIO))
-            ratio = LARGEST_RATIO * (code / LAST_CODE) ** 2
+            ratio = np.round(ratio * 2**12) / 2**12
         assert ratio < 0.5 * target
-
-
-# The longest step at the default rates where rounding adds to it, beside a wide u.
-BOUNDS = {
-    "bfloat16": 1.04,
-    "float16": 1.011,
-    "float8_e4m3fn": 1.12,
-    "float8_e5m2": 1.23,
-    "int8": 1.04,
-}
 
 
 @functools.lru_cache
@@ -556,12 +557,13 @@ def test_non_finite_gradients(name):
     update, state = jax.jit(optimizer.update)(g, optimizer.init(jnp.ones(4)))
     np.testing.assert_array_equal(jnp.isfinite(update), [False, False, False, True])
     if name == "two bytes":
-        np.testing.assert_array_equal(state.u[:3], [255, 255, 255])
-        np.testing.assert_array_equal(state.m[:3], [0, 0, 0])
-        _, state = optimizer.update(jnp.ones(4), state)
-        chex.assert_tree_all_finite(moments(state))
+        np.testing.assert_allclose(moments(state)[1][:3], 1.5 * 2.0**31, rtol=1 / 8)
+        np.testing.assert_array_equal(state.m[:3], [-128, -128, -128])
     else:
         assert not np.any(np.isfinite(state.u.astype(jnp.float32)[:3]))
+    # Without it, these coordinates are lost, the others are not.
+    update, _ = optimizer.update(jnp.ones(4), state)
+    np.testing.assert_array_equal(jnp.isfinite(update), [False, False, False, True])
     guarded = optax.apply_if_finite(optimizer, max_consecutive_errors=3)
     before = guarded.init(jnp.ones(4))
     update, after = guarded.update(g, before)
@@ -577,9 +579,11 @@ def test_non_finite_gradients_in_mixed_storage(m_dtype, u_dtype):
     update, state = optimizer.update(g, optimizer.init(jnp.ones(4)))
     np.testing.assert_array_equal(jnp.isfinite(update), [False, False, False, True])
     if m_dtype == "int8":
-        np.testing.assert_array_equal(state.m[:3], [0, 0, 0])
+        np.testing.assert_array_equal(state.m[:3], [-128, -128, -128])
     else:
         assert not np.any(np.isfinite(state.m.astype(jnp.float32)[:3]))
+    update, _ = optimizer.update(jnp.ones(4), state)
+    np.testing.assert_array_equal(jnp.isfinite(update), [False, False, False, True])
 
 
 def test_dtypes_as_strings_or_types():
@@ -593,7 +597,11 @@ def test_complex_parameters():
     optimizer = scale_by_adamax(m_dtype="float32", u_dtype="uint8")
     g = {"a": jnp.array([3 + 4j, 0])}
     update, state = optimizer.update(g, optimizer.init(g))
-    np.testing.assert_allclose(update["a"], [0.6 + 0.8j, 0], rtol=1e-6)
+    # To the u that is stored: 5, rounded after a division by the scale.
+    _, u = moments(state)
+    expected = np.array([3 + 4j, 0]) / np.array([u["a"][0], 1])
+    np.testing.assert_allclose(update["a"], expected, rtol=1e-6)
+    np.testing.assert_allclose(u["a"], [5, 1e-8], rtol=1 / 8)
     assert state.m["a"].dtype == jnp.complex64
     assert state.u["a"].dtype == jnp.uint8
 
@@ -609,7 +617,7 @@ def test_storage_of_each_leaf_when_parameters_mix():
     error = np.abs(state.m["full"] - alone.m) / np.maximum(alone.u, 1e-30)
     assert np.max(error) < 1e-6
     assert state.u["half"].dtype == jnp.bfloat16
-    assert np.all(alone.u_scale == 1) and state.u_scale[-1] < 1
+    assert np.all(alone.u_scale == 1) and 1 < state.u_scale[-1] < 2
 
 
 @EVERY_STORAGE
