@@ -42,7 +42,7 @@ from adamax_jax._lab.contenders import (
 )
 
 AGAIN = "optax.adamax, again"
-WARM_UP = 3
+WARM_UP, REPETITIONS = 3, 20
 # The contender before leaves threads spinning and memory to be freed. So each takes
 # steps that are not timed for so many seconds, before the one that is.
 SETTLE = 0.05
@@ -515,7 +515,7 @@ def _add_options(parser):
     parser.add_argument(
         "--repetitions",
         type=positive_int,
-        default=20,
+        default=REPETITIONS,
         metavar="N",
         help="rounds of which the medians are taken (default: %(default)s)",
     )
@@ -576,8 +576,16 @@ def _needs(options):
 
 
 def _problem(options):
-    if options.targets and options.figure:
-        return "--figure shows times, and --for measures none: leave one out."
+    if not options.targets:
+        return None
+    given = {
+        "--figure": options.figure is not None,
+        "--max-size": options.max_size != SIZES[-1],
+        "--repetitions": options.repetitions != REPETITIONS,
+    }
+    for name in given:
+        if given[name]:
+            return f"{name} is for times, and --for measures none: leave one out."
     return None
 
 
