@@ -122,17 +122,19 @@ def scale_by_adamax(
 
     **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
     without drift: each stored number is the exact one rounded once, at any age, and the
-    decay is exact, as long as u / u_scale is a normal number of the dtype. What is
-    below its smallest number (above half of its largest) counts as that, for m as for
-    u: steps keep their bound, times 1.14 for what rounding may
-    take off a uint8 u. An m below 32 bits is an average and cannot be exact. It is
-    rounded up or down in proportion to its place between two numbers, by a hash of
-    ``count``, without random keys: so it has no bias, small means are not lost, and
-    where gradients stop it ends as it should. What it adds to m lengthens steps a
-    little: beside a wide u the longest seen at the default rates, where the bound is
-    1.0091, were 1.04 in bfloat16, 1.011 in float16, 1.04 in int8, 1.12 in float8_e4m3fn
-    and 1.23 in float8_e5m2. Derivatives do not pass through numbers stored in one byte.
-    A state that was cast is not what it was, and is refused where that can be seen:
+    decay is exact, as long as u / u_scale is a normal number of the dtype. Gradients
+    above its largest number count as that, for m as for u; u below its smallest counts
+    as that. An m below 32 bits is an average and cannot be exact. It is rounded up or
+    down in proportion to its place between two numbers, by a hash of ``count``, without
+    random keys: so it has no bias, small means are not lost, and where gradients stop
+    it ends as it should. The step is taken from what is stored: what is done is what is
+    remembered. So rounding lengthens steps a little: beside a wide u the longest seen
+    at the default rates, where the bound is 1.0091, were 1.04 in bfloat16, 1.011 in
+    float16, 1.10 in int8, 1.13 in float8_e4m3fn and 1.25 in float8_e5m2; what rounding
+    may take off a uint8 u adds a factor of 1.14. (Compilers of GPUs and TPUs may take
+    back the rounding of m and u in a step, but not in the state.) Derivatives of a step
+    pass as if nothing was rounded, but not through numbers stored in one byte before
+    it. A state that was cast is not what it was, and is refused where that can be seen:
     :func:`convert_state` stores it in other dtypes.
 
     **Sharing u.** With ``shared_axes`` one u stands for each slice S of a parameter
@@ -154,12 +156,11 @@ def scale_by_adamax(
     each would take the maximum over its own part, and Flax's partitioning metadata,
     which u inherits, cannot be met by its size of 1: divide along other axes there.
 
-    **Not-a-number and infinity** are carried by the update in every storage. The state
-    keeps them in floats (of 8 bits, too), so that the coordinate stays NaN; in uint8 u
-    becomes the largest code and in int8 m becomes 0, which all but stops the coordinate
-    for some ten thousand steps. A shared u hands that on to its whole slice (a NaN not
-    always across devices, whose exchange may drop it): beside an infinite one, the
-    other coordinates do not move. To leave the state untouched by
+    **Not-a-number and infinity** are carried by the update in every storage, and kept
+    by the state, so that the coordinate stays NaN (or infinite); only a uint8 u becomes
+    its largest number. A shared u hands that on to its whole slice (a NaN not always
+    across devices, whose exchange may drop it): beside an infinite one, or the largest
+    of uint8, the other coordinates do not move. To leave the state untouched by
     such a gradient, wrap the optimizer in ``optax.apply_if_finite``.
 
     Args:
@@ -179,12 +180,13 @@ def scale_by_adamax(
       m_dtype: What m is stored in: None for the parameter's own dtype, "float32",
         "bfloat16", "float64" or, as its ratio to u, "float16" and in one byte "int8",
         "float8_e4m3fn" or "float8_e5m2" (one byte needs ``b1 < b2``, which is not
-        checked for traced numbers). A ratio in one byte is cut off at 1.25 on either
-        side of 0, which the bound above exceeds from ``b1 = 0.996`` on at the default
-        ``b2``. In int8 its steps grow from 8e-5 at 0 to 1.8 % at 1.
+        checked for traced numbers). A ratio in one byte is cut off at 1.25 (int8: 1.3)
+        on either side of 0, which the bound above exceeds from ``b1 = 0.996`` on at the
+        default ``b2``. In int8 its codes are 2.4e-4 apart at 0, and from there on 3 to
+        6 % of their sum with 0.005.
       u_dtype: What u is stored in: None for the parameter's own dtype, one of those
         floats, or "uint8": 4 codes per octave, so that u is known to a ninth of
-        itself at worst, from 2.3e-10 to 1.6e9. Gradients outside of that count as its
+        itself at worst, from 4.7e-10 to 3.2e9. What is outside of that counts as its
         ends; code 0 is a coordinate without any gradient, where ``eps`` is not inside.
       shared_axes: Along which axes u is shared: None for none, an integer or a tuple of
         them (negative ones count from the last), or a function of the parameter's path

@@ -104,8 +104,8 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       decades, float16 11, float8_e5m2 9, float8_e4m3fn 5.
     ``saturated``
       The fraction of coordinates whose stored m or u is at an end of the range of its
-      dtype (of u: its smallest number, or half of its largest, where gradients are cut
-      off), unseen ones aside. Should be 0: else take a wider ``u_dtype``, or scale the
+      dtype (of u: its smallest number, or its largest, where gradients are cut off),
+      unseen ones aside. Should be 0: else take a wider ``u_dtype``, or scale the
       loss.
 
     Where a u is shared along axes, it is that of the slice's largest gradients: a

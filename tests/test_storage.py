@@ -533,6 +533,61 @@ class TestNarrowMeans:
         )
 
 
+class TestStepOfTheStored:
+    """A step is taken from what the state holds."""
+
+    RULES = pytest.mark.parametrize(
+        "rule", [{}, {"nesterov": True}, {"eps_inside": False, "eps": 0.5}], ids=str
+    )
+    DTYPES = ("bfloat16", "float16", "float8_e5m2", "int8")
+
+    @RULES
+    @pytest.mark.parametrize("u_dtype", ["float32", "uint8"])
+    @pytest.mark.parametrize("m_dtype", ["float32", *DTYPES])
+    def test_it_is_the_quotient_of_the_moments(self, m_dtype, u_dtype, rule):
+        """The paper's formula in float64, given m and u as they are read."""
+        optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype, **rule)
+        self.assert_steps(optimizer, rule)
+
+    @pytest.mark.parametrize("m_dtype", DTYPES)
+    def test_of_a_shared_u(self, m_dtype):
+        self.assert_steps(scale_by_adamax(m_dtype=m_dtype, shared_axes=-1), {})
+
+    @pytest.mark.parametrize("u_dtype", ["bfloat16", "float16"])
+    def test_of_other_u(self, u_dtype):
+        self.assert_steps(scale_by_adamax(m_dtype="bfloat16", u_dtype=u_dtype), {})
+
+    def assert_steps(self, optimizer, rule):
+        g = np.float32(np.random.default_rng(0).standard_normal([9, 4, 5]))
+        update, state = jax.jit(optimizer.update), optimizer.init(g[0])
+        for t, g_t in enumerate(g, 1):
+            step, state = update(g_t, state)
+            m, u = (np.asarray(x, np.float64) for x in moments(state))
+            m_hat = m / (1 - 0.9**t)
+            if rule.get("nesterov"):
+                m_hat = 0.9 * m / (1 - 0.9 ** (t + 1)) + 0.1 * g_t / (1 - 0.9**t)
+            expected = m_hat / (u + (0.5 if "eps" in rule else 0))
+            np.testing.assert_allclose(step, expected, rtol=1e-5, atol=1e-7)
+
+    @RULES
+    @pytest.mark.parametrize(("m_dtype", "rtol"), [("bfloat16", 0.02), ("int8", 0.15)])
+    @pytest.mark.parametrize("u_dtype", ["bfloat16", "uint8"])
+    def test_its_derivatives_are_those_of_float32(self, m_dtype, rtol, u_dtype, rule):
+        """But for the rounding of the numbers in them, of u as well."""
+        first, second = jnp.array([1.0, -3.0, 0.5, 2.0]), jnp.array([0.2, 3.5, 0.1, 1])
+
+        def derivative(storage):
+            optimizer = scale_by_adamax(**storage, **rule)
+            _, state = optimizer.update(first, optimizer.init(first))
+            weights = jnp.array([1.0, 2.0, 3.0, 4.0])
+            return jax.grad(lambda g: weights @ optimizer.update(g, state)[0])(second)
+
+        actual = derivative({"m_dtype": m_dtype, "u_dtype": u_dtype})
+        expected = derivative({})
+        of_u = 2 / 8 if u_dtype == "uint8" else 0.02
+        np.testing.assert_allclose(actual, expected, rtol=rtol + of_u)
+
+
 @EVERY_STORAGE
 def test_bytes_of_ten_million_parameters(name):
     params = {"a": jnp.ones([1000, 9000]), "b": jnp.ones(1_000_000)}
