@@ -47,7 +47,7 @@ def moments(state: optax.OptState) -> tuple[optax.Updates, optax.Updates]:
       >>> _, state = optimizer.update(gradient, optimizer.init(gradient))
       >>> m, u = moments(state)
       >>> [round(float(x), 3) for x in m], [round(float(x), 3) for x in u]
-      ([0.201, -0.05], [1.998, 0.5])
+      ([0.2, -0.05], [1.998, 0.5])
     """
     return read_moments(only_state(state))
 

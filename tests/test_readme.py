@@ -64,7 +64,8 @@ def test_half_precision_example():
     with jax.numpy_dtype_promotion("standard"):
         names = run(EXAMPLES[4])
     assert names["params"]["kernel"].dtype == jnp.bfloat16
-    assert jnp.all(names["full"]["kernel"] == jnp.float32(0.999))
+    # The learning rate, and a step as two bytes hold it.
+    assert jnp.max(jnp.abs(names["full"]["kernel"] - 0.999)) < 0.02 * 1e-3
     arrays = [x for x in jax.tree.leaves((names["params"], names["state"])) if x.ndim]
     assert sum(x.nbytes for x in arrays) == 6 * 64 * 8
 

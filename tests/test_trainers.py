@@ -486,8 +486,10 @@ def test_optimistix(optimistix, storage):
     solution = optimistix.minimise(cost, solver, start, scale, max_steps=10_000)
     assert solution.result == optimistix.RESULTS.successful
     # u is about the first gradient, so that a step is 1/30 of the distance left, and
-    # steps of 3e-6, where it stops, are taken 1e-4 from the target. Ten times that.
-    np.testing.assert_allclose(solution.value, target, rtol=0, atol=1e-3)
+    # steps of 3e-6, where it stops, are taken 1e-4 from the target. Ten times that; in
+    # one byte the first code of m is 7e-4 from it, and a step between is often 0.
+    atol = 2e-3 if storage.get("m_dtype") == "int8" else 1e-3
+    np.testing.assert_allclose(solution.value, target, rtol=0, atol=atol)
     state = solution.state.opt_state
     assert types(state) == types(optimizer.init(start))
     steps = int(solution.stats["num_steps"])
