@@ -160,6 +160,7 @@ def test_shapes_are_those_of_the_models():
     assert count(shapes.llama2_70b()) == (723, 68_976_648_192)
     assert count(shapes.transformer()) == (100, 34_132_992)
     assert count(shapes.many()) == (1000, 1_000_000)
+    assert shapes.matrix(16_000) == (16, 1000) and shapes.matrix(10) == (10,)
 
 
 @pytest.fixture
@@ -295,8 +296,9 @@ def test_every_contender_takes_the_steps_of_its_optimizer():
         "optax.adam": optax.adam,
         "lp_adam p=3": functools.partial(lp_adam, p=3),
     }
-    # 1 was added and subtracted; a uint8 u is known to a ninth of itself.
-    float32_error, errors = 1e-3, {"bfloat16": 0.01, "uint8": 0.13}
+    # 1 was added and subtracted; a uint8 u is known to a ninth of itself, an int8 m to
+    # 4 to 6 %.
+    float32_error, errors = 1e-3, {"bfloat16": 0.01, "uint8": 0.2, "shared": 0.07}
     for name, make in bench.contenders(flattened=True).items():
         run = make(first)
         run()

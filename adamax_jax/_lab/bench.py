@@ -37,6 +37,8 @@ from adamax_jax._lab.contenders import (
     LEARNING_RATE,
     OPTIMIZERS,
     REFERENCE,
+    SHARED,
+    SHARED_NAME,
     Step,
     optax_step,
 )
@@ -161,7 +163,7 @@ def _flash_run(gradients):
 def contenders(flattened: bool) -> dict[str, Callable[[Tree], Any]]:
     """What makes the run of each contender, given the gradients."""
     makers: dict[str, Callable[[Tree], Any]] = {"copy": CopyRun}
-    optimizers = OPTIMIZERS | {AGAIN: OPTIMIZERS[REFERENCE]}
+    optimizers = OPTIMIZERS | {SHARED_NAME: SHARED, AGAIN: OPTIMIZERS[REFERENCE]}
     for name, optimizer in (optimizers | (FLATTENED if flattened else {})).items():
         makers[name] = functools.partial(JaxRun, optimizer.init, optax_step(optimizer))
     for name, optimizer in HALF.items():
@@ -490,7 +492,7 @@ def measure(max_size: int, rounds: int) -> Iterator[Sequence[Row]]:
     """The rows of one set of measurements after another."""
     sizes = [size for size in SIZES if size < max_size] + [max_size]
     for size in sizes:
-        yield step_rows(f"one of {size:,}", {"array": (size,)}, rounds)
+        yield step_rows(f"one of {size:,}", {"array": shapes.matrix(size)}, rounds)
     for name, arrays in TREES.items():
         if _largest(arrays) <= max_size:
             yield step_rows(name, arrays, rounds)

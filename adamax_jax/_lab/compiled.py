@@ -18,6 +18,7 @@ from adamax_jax._lab.contenders import (
     OPTIMIZERS,
     REFERENCE,
     SHARED,
+    SHARED_NAME,
     optax_step,
 )
 from adamax_jax._lab.shapes import Shape
@@ -44,7 +45,7 @@ class Contender(NamedTuple):
 
 def contenders() -> dict[str, Contender]:
     """By their names; what comes before a colon says what else they are compared to."""
-    whole = OPTIMIZERS | {"adamax int8 and shared u": SHARED}
+    whole = OPTIMIZERS | {SHARED_NAME: SHARED}
     half = HALF | {
         f"bfloat16: {name}": OPTIMIZERS[name]
         for name in ("adamax bfloat16/bfloat16", "adamax int8/uint8")

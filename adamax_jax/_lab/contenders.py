@@ -12,6 +12,8 @@ REFERENCE = "optax.adamax"
 LEARNING_RATE = 1e-3
 
 TWO_BYTES = adamax(LEARNING_RATE, m_dtype="int8", u_dtype="uint8")
+# Along the last axis, by arrays that have more than one.
+SHARED_NAME = "adamax int8 and shared u"
 SHARED = adamax(LEARNING_RATE, m_dtype="int8", u_dtype="float32", shared_axes=-1)
 OPTIMIZERS = {
     REFERENCE: optax.adamax(LEARNING_RATE),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from adamax_jax._lab import shapes
-from adamax_jax._lab.contenders import HALF, OPTIMIZERS, SHARED
+from adamax_jax._lab.contenders import HALF, OPTIMIZERS, SHARED, SHARED_NAME
 from adamax_jax._lab.spread import (
     AXIS,
     Shared,
@@ -34,7 +34,7 @@ METHODS = {
         "adamax int8/uint8",
     )
 }
-METHODS["adamax int8 and shared u"] = (SHARED, jnp.float32)
+METHODS[SHARED_NAME] = (SHARED, jnp.float32)
 METHODS |= {
     name: (HALF[name], jnp.bfloat16)
     for name in (

@@ -84,3 +84,8 @@ def llama2_70b() -> dict[str, Shape]:
 def many(leaves: int = 1_000, size: int = 1_000) -> dict[str, Shape]:
     """Arrays of one small size."""
     return {str(i): (size,) for i in range(leaves)}
+
+
+def matrix(size: int) -> Shape:
+    """One array, in rows of 1000 where they divide it."""
+    return (size // 1000, 1000) if size % 1000 == 0 else (size,)
