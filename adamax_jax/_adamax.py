@@ -197,7 +197,7 @@ def scale_by_adamax(
         learning rate is then up to 4 times the element-wise one, so search from twice
         that upwards. Warm it up, since one large early gradient holds up a whole slice,
         and leave embeddings with rare rows out. In ``notebooks/04_one_byte.ipynb`` it
-        was, with warm-up, as good as element-wise AdaMax, and 1 to 2 % behind Adam.
+        was, with warm-up, as good as element-wise AdaMax, and up to 2 % behind Adam.
 
     ``b1``, ``b2`` and ``eps`` may be traced scalars, for instance those of
     ``optax.inject_hyperparams`` (with half-precision parameters pass that
