@@ -131,11 +131,11 @@ def scale_by_adamax(
     remembered. So rounding lengthens steps a little: beside a wide u the longest seen
     at the default rates, where the bound is 1.0091, were 1.04 in bfloat16, 1.011 in
     float16, 1.10 in int8, 1.13 in float8_e4m3fn and 1.25 in float8_e5m2; what rounding
-    may take off a uint8 u adds a factor of 1.14. (Compilers of GPUs and TPUs may take
-    back the rounding of m and u in a step, but not in the state.) Derivatives of a step
-    pass as if nothing was rounded, but not through numbers stored in one byte before
-    it. A state that was cast is not what it was, and is refused where that can be seen:
-    :func:`convert_state` stores it in other dtypes.
+    may take off a uint8 u adds a factor of 1.14 (in float8_e5m2 of 1.18). (Compilers of
+    GPUs and TPUs may take back the rounding of m and u in a step, but not in the
+    state.) Derivatives of a step are those before that rounding, but none pass through
+    numbers that were stored in one byte. A state that was cast is not what it was, and
+    is refused where that can be seen: :func:`convert_state` stores it in other dtypes.
 
     **Sharing u.** With ``shared_axes`` one u stands for each slice S of a parameter
     along these axes,
@@ -160,8 +160,9 @@ def scale_by_adamax(
     by the state, so that the coordinate stays NaN (or infinite); only a uint8 u becomes
     its largest number. A shared u hands that on to its whole slice (a NaN not always
     across devices, whose exchange may drop it): beside an infinite one, or the largest
-    of uint8, the other coordinates do not move. To leave the state untouched by
-    such a gradient, wrap the optimizer in ``optax.apply_if_finite``.
+    of uint8, the other coordinates do not move. (float8_e4m3fn has no infinity, but
+    NaN.) To leave the state untouched by such a gradient, wrap the optimizer in
+    ``optax.apply_if_finite``.
 
     Args:
       b1: Decay rate of the mean of the gradients, in [0, 1).

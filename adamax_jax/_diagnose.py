@@ -17,7 +17,7 @@ from adamax_jax._complex import cast, number
 from adamax_jax._paths import name_of
 from adamax_jax._quotient import quotient
 from adamax_jax._state import find_states, scale_of
-from adamax_jax._storage import as_stored, is_saturated, read
+from adamax_jax._storage import arithmetic_dtype, as_stored, is_saturated, read
 
 # |m| below this share of u: recent gradients are far below those that u remembers.
 _STALE = 1e-3
@@ -112,8 +112,8 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
     coordinate far below them has a small ``rms`` and counts as ``stale``, and as unseen
     only if all of its slice is.
 
-    NaN in a state of floats makes ``rms``, ``max`` and ``decades`` NaN; int8 and uint8
-    have none.
+    NaN in m makes ``rms`` and ``max`` NaN, in u ``decades`` as well; a uint8 u has
+    none, but its largest number.
 
     Args:
       state: A :class:`ScaleByAdamaxState`, or an optimizer's state with some in it.
@@ -154,7 +154,8 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
         for (path, m), u in zip(leaves, jax.tree.leaves(adamax_state.u), strict=True):
             names.append(prefix + jax.tree_util.keystr(path) or name_of(path))
             rows.append(_row(m, u, u_scale, eps))
-    rows = cast(rows, jnp.result_type(float, *rows))
+    dtypes = [x.dtype for x in jax.tree.leaves(rows)]
+    rows = cast(rows, arithmetic_dtype(jnp.result_type(float), *dtypes))
     table = jnp.asarray(rows).reshape([len(rows), len(_Sums._fields)])
     columns = _Sums(*table.T)
     return Diagnosis(

@@ -13,7 +13,9 @@ from adamax_jax._storage import (
     arithmetic_dtype,
     as_rounded,
     is_ratio,
+    is_wide,
     largest_stored,
+    largest_u,
     read,
     read_ratio,
 )
@@ -66,12 +68,12 @@ def size_and_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """|g|, and g for the mean: cut off at what the state can hold.
 
-    What is beyond counts as the end of the range, for m as for u. Real |g| are left as
-    they are, since u is cut off when it is stored. So are plain float32 gradients
-    beside a float32 state, for the bits of m.
+    What is beyond counts as the end of the range, for m as for u. Where m reaches as
+    far as u, real |g| are left as they are, since u is cut off when it is stored. So
+    are plain float32 gradients beside a float32 state, for the bits of m.
     """
     largest = largest_stored(stored_m.dtype, stored_u.dtype)
-    if jnp.iscomplexobj(g):
+    if jnp.iscomplexobj(g) or largest < largest_u(stored_u.dtype):
         g = within(g, largest)
         return jnp.abs(g), g
     if largest < float(jnp.finfo(g.dtype).max):
@@ -103,15 +105,21 @@ def step_of_stored(
     """The step of the new m and u, as they are stored.
 
     So what is done is what will be remembered. And where XLA does not make one kernel
-    of all, that of the parameters reads few bytes. Derivatives pass as if nothing was
-    rounded.
+    of all, that of the parameters reads few bytes. Derivatives are those of the step
+    before m and u were rounded.
     """
+
+    def step(m, u):
+        return by_parts(lambda g, m: _step(g, m, u, c, rule), g, m)
+
     if is_ratio(stored_m.dtype) and rule.eps_inside and not rule.nesterov:
-        ratio = as_rounded(quotient(m, u, rule.is_positive), read_ratio(stored_m))
-        return 2 * (c.half_correction * ratio)
+        ratio = read_ratio(stored_m).astype(u.dtype)
+        return as_rounded(step(m, u), 2 * (c.half_correction * ratio))
     read_m, read_u = read(stored_m, stored_u, u_scale)
-    m, u = as_rounded(m, read_m), as_rounded(u, read_u)
-    return by_parts(lambda g, m: _step(g, m, u, c, rule), g, m)
+    rounded = step(read_m.astype(m.dtype), read_u.astype(u.dtype))
+    if is_wide(stored_m.dtype) and is_wide(stored_u.dtype):
+        return rounded
+    return as_rounded(step(m, u), rounded)
 
 
 def _step(g, m, u, c, rule):

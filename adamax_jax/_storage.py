@@ -64,6 +64,8 @@ _CODES = 127
 # The bits of float32 numbers.
 _INFINITY, _NAN = 0x7F800000, 0x7FC00000
 
+_LESS = 1 - 2.0**-22
+
 # Rounding leaves at least this share of u, a little less than 8/9.
 _ROUNDING_LEAVES = 0.88
 
@@ -95,8 +97,14 @@ def arithmetic_dtype(*dtypes: Any) -> Any:
 
 def largest_stored(m_dtype: Any, u_dtype: Any) -> float:
     """The largest gradient whose m and u these dtypes hold, whatever ``u_scale`` is."""
-    largest_u = _largest(u_dtype)
-    return largest_u if is_ratio(m_dtype) else min(largest_u, _largest(m_dtype))
+    largest = largest_u(u_dtype)
+    return largest if is_ratio(m_dtype) else min(largest, _largest(m_dtype))
+
+
+def largest_u(dtype: Any) -> float:
+    """The largest gradient whose u a dtype holds."""
+    # That of code 255.
+    return 1.5 * 2.0**31 if dtype == jnp.uint8 else _largest(dtype)
 
 
 def decay_scale(u_scale: jax.Array, b2: jax.Array) -> jax.Array:
@@ -118,7 +126,16 @@ def read(
       u_scale: The ``u_scale`` that was given to it, decayed since then.
     """
     u = _read_u(stored_u, u_scale)
-    return _read_m(stored_m, u), u
+    if not is_ratio(stored_m.dtype):
+        narrow = not is_wide(stored_m.dtype)
+        return stored_m.astype(jnp.float32) if narrow else stored_m, u
+    ratio = read_ratio(stored_m).astype(u.dtype)
+    if stored_u.dtype == jnp.uint8:
+        return ratio * u, u
+    # Beside an infinite u that many share, the others have a mean of 0; and a ratio may
+    # be a little above 1.
+    largest = number(_largest(u.dtype), u.dtype)
+    return jnp.clip(ratio * jnp.minimum(u, largest), -largest, largest), u
 
 
 def read_ratio(stored_m: jax.Array) -> jax.Array:
@@ -230,17 +247,19 @@ def _divisor(stored_u, u_scale):
 
 def _write_u(u, u_scale, dtype):
     """The number of a dtype nearest to ``u / u_scale``; u ends with its range."""
-    largest = _largest(dtype)
+    largest = largest_u(dtype)
     if u.dtype == jnp.float64 and dtype != jnp.float64:
         u = within(u, largest)
     if is_wide(dtype):
         return u.astype(dtype)
     inverse_scale = 1 / jnp.asarray(u_scale, jnp.float32)
     scaled = u.astype(jnp.float32) * inverse_scale
-    if dtype == jnp.bfloat16:
-        rounded = _number(_bfloat16(_bits(scaled), carry=0x7FFF))
-        return as_rounded(scaled, rounded).astype(dtype)
     end = largest * inverse_scale
+    if dtype == jnp.bfloat16:
+        # A little less, so that the product with the scale will be finite.
+        size, last = _bits(scaled * _LESS), _bits(end * _LESS) & -(1 << 16)
+        rounded = _number(_bfloat16(size, 0x7FFF, last))
+        return as_rounded(scaled, rounded).astype(dtype)
     if dtype != jnp.uint8:
         keep = (u == 0) | jnp.isinf(u)
         clipped = jnp.clip(scaled, _smallest(dtype), end)
@@ -251,13 +270,6 @@ def _write_u(u, u_scale, dtype):
     code = ((bits + (1 << (_DROPPED_BITS - 1))) >> _DROPPED_BITS) - _OFFSET
     # What is not 0 does not become 0.
     return _narrowed(jnp.maximum(code, jnp.minimum(bits, 1)), jnp.uint8)
-
-
-def _read_m(stored, u):
-    """m, given the u that is stored beside it."""
-    if is_ratio(stored.dtype):
-        return read_ratio(stored).astype(u.dtype) * u
-    return stored if is_wide(stored.dtype) else stored.astype(jnp.float32)
 
 
 def _write_ratio(m, u, dtype, dither):
@@ -288,8 +300,13 @@ def _narrowed(x, dtype):
     two arrays it keeps. On a TPU such a choice would take a kernel of its own.
     """
 
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+
     def chosen(x):
-        return jnp.where(x == 0, jnp.zeros([], dtype), x.astype(dtype))
+        # Either what it would be anyway; of floats, 0 has a sign.
+        special = jnp.full([], jnp.nan if is_float else 0, dtype)
+        is_special = x != x if is_float else x == 0
+        return jnp.where(is_special, special, x.astype(dtype))
 
     return lax.platform_dependent(x, cpu=chosen, default=lambda x: x.astype(dtype))
 
@@ -318,17 +335,18 @@ def _neighbour(ratio, dither, dtype):
 def _write_bfloat16(x, dither):
     """The same in bfloat16, which has float32's exponents; infinities stay."""
     size, sign = _size_and_sign(x)
-    rounded = sign | _bfloat16(size, _carry(dither, 1 << 16))
+    last = _INFINITY - (1 << 16)
+    rounded = sign | _bfloat16(size, _carry(dither, 1 << 16), last)
     return as_rounded(x, _number(rounded)).astype(jnp.bfloat16)
 
 
-def _bfloat16(size, carry):
+def _bfloat16(size, carry, last):
     """The first half of bits, and one more where the second half and a carry exceed it.
 
-    What is finite stays finite: as they are, the bits of infinity and NaN are larger.
+    Not beyond the last: as they are, the bits of infinity and NaN are larger, and what
+    is between the last and the next is cut off.
     """
-    largest = _INFINITY - (1 << 16)
-    return jnp.maximum(jnp.minimum(size, largest) + carry, size) & -(1 << 16)
+    return jnp.maximum(jnp.minimum(size, last) + carry, size) & -(1 << 16)
 
 
 def _carry(dither, whole):
@@ -367,9 +385,6 @@ def _largest_ratio(dtype):
 
 def _largest(dtype):
     """The largest number of a dtype; of bfloat16, that of float32, all but the same."""
-    if dtype == jnp.uint8:
-        # That of code 255.
-        return 1.5 * 2.0**31
     return float(jnp.finfo(jnp.float32 if dtype == jnp.bfloat16 else dtype).max)
 
 
