@@ -350,6 +350,7 @@ def test_command(at_once, monkeypatch, tmp_path, capsys):
     """With few contenders, on small arrays."""
     few = {name: bench.OPTIMIZERS[name] for name in (bench.REFERENCE, "adamax float32")}
     monkeypatch.setattr(bench, "OPTIMIZERS", few)
+    monkeypatch.setattr(bench, "HALF", {})
     monkeypatch.setattr(bench, "SIZES", (10, 100))
     monkeypatch.setattr(bench, "TREES", {bench.MANY: shapes.many(3, 10)})
     path, figure = tmp_path / "bench.json", tmp_path / "bench.png"

@@ -205,9 +205,8 @@ def count_by_test(test_ids):
     )
 
 
-@pytest.mark.parametrize(
-    "storage", ["own", pytest.param("two bytes", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("storage", ["own", "two bytes"])
 def test_optax_own_tests_pass_with_ours(storage):
     """None is skipped, none is lost: 61 with Optax 0.2.8."""
     outcomes = outcomes_with(storage)

@@ -335,7 +335,7 @@ class TestTraining:
     """A model trained with residuals is one trained with float32 master weights."""
 
     OPTIMIZERS = (
-        adamax(1e-3),
+        pytest.param(adamax(1e-3), marks=pytest.mark.long),
         pytest.param(
             adamax(1e-3, m_dtype="int8", u_dtype="uint8"), marks=pytest.mark.long
         ),

@@ -274,7 +274,10 @@ CHECKS = eight_devices.named(
 )
 
 
-@pytest.mark.parametrize("check", CHECKS)
+LONG = pytest.param("check_bfloat16_models", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("check", [LONG if c in LONG.values else c for c in CHECKS])
 def test_on_eight_devices(check):
     assert eight_devices.problem(__file__, check) is None
 

@@ -40,7 +40,10 @@ def compiled_quickly():
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n != "vae" else pytest.param(n, marks=pytest.mark.long) for n in TASKS],
+)
 def test_a_task_learns_and_every_method_starts_alike(name):
     task = TASKS[name]
     problem = task.make()
