@@ -363,7 +363,9 @@ class TestTraining:
         assert_same(end, train(by_hand, (full, optimizer.init(full))))
         assert loss(end[0], jax.tree.map(lambda x: x[0], batches)) < 0.5
 
-    @pytest.mark.parametrize("how", ["eager", "jit", "vmap"])
+    @pytest.mark.parametrize(
+        "how", ["eager", "jit", pytest.param("vmap", marks=pytest.mark.long)]
+    )
     def test_step_by_step(self, how):
         optimizer = adamaxw(1e-3, weight_decay=0.1)
         params, full, loss, batches = perceptron(jnp.bfloat16)
@@ -457,7 +459,9 @@ class TestUse:
         chex.assert_trees_all_close(full_params(*after), expected, rtol=1e-6)
         assert {k: p.dtype for k, p in after[0].items()} == NARROW
 
-    @pytest.mark.parametrize("residual_dtype", ["int16", "int8"])
+    @pytest.mark.parametrize(
+        "residual_dtype", ["int16", pytest.param("int8", marks=pytest.mark.long)]
+    )
     def test_around_what_changes_updates(self, residual_dtype):
         """Weight decay, schedule-free averaging and lookahead see full parameters."""
         params = narrow_params()

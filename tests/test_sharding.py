@@ -274,10 +274,7 @@ CHECKS = eight_devices.named(
 )
 
 
-LONG = pytest.param("check_bfloat16_models", marks=pytest.mark.long)
-
-
-@pytest.mark.parametrize("check", [LONG if c in LONG.values else c for c in CHECKS])
+@pytest.mark.parametrize("check", CHECKS)
 def test_on_eight_devices(check):
     assert eight_devices.problem(__file__, check) is None
 

@@ -40,10 +40,19 @@ def compiled_quickly():
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(
+# The convolutions and the attention take longest to compile.
+SOME_LONG = pytest.mark.parametrize(
     "name",
-    [n if n != "vae" else pytest.param(n, marks=pytest.mark.long) for n in TASKS],
+    [
+        pytest.param(name, marks=pytest.mark.long)
+        if name in ("vae", "transformer")
+        else name
+        for name in TASKS
+    ],
 )
+
+
+@SOME_LONG
 def test_a_task_learns_and_every_method_starts_alike(name):
     task = TASKS[name]
     problem = task.make()
@@ -500,7 +509,7 @@ def test_unknown_values_list_what_is_allowed(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", TASKS)
+@SOME_LONG
 def test_a_model_in_bfloat16_computes_in_it(name):
     """No product has two float32 factors; JAX's own attention has some with one."""
     task = TASKS[name]

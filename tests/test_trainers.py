@@ -366,6 +366,7 @@ def test_flax_nnx_state_has_the_parameters_sharding(flax):
             optimizer.update(model, nnx.state(model))
 
 
+@pytest.mark.long
 def test_flax_nnx_training_continues_through_conversions(flax, digits):
     """There and back again: the losses stay those of float32."""
     x, y = digits
