@@ -157,7 +157,9 @@ def write(
     u_dtype: Any,
     dither: ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """m and u rounded to dtypes: positive u stays positive, finite numbers finite.
+    """m and u rounded to dtypes; what is finite stays finite.
+
+    And a positive u positive, in bfloat16 where u / u_scale is a normal number.
 
     Args:
       m: The mean, real or complex, in float32 or float64.
@@ -299,7 +301,6 @@ def _narrowed(x, dtype):
     which then is read in more than one place and written to memory. A choice between
     two arrays it keeps. On a TPU such a choice would take a kernel of its own.
     """
-
     is_float = jnp.issubdtype(dtype, jnp.floating)
 
     def chosen(x):
@@ -393,7 +394,7 @@ def _is_saturated_u(stored, u_scale):
         return jnp.zeros(stored.shape, bool)
     smallest = 1 if stored.dtype == jnp.uint8 else _smallest(stored.dtype)
     # Where gradients were cut off there, but for the rounding.
-    largest = _ROUNDING_LEAVES * largest_stored(jnp.float32, stored.dtype)
+    largest = _ROUNDING_LEAVES * largest_u(stored.dtype)
     return (stored == smallest) | (_read_u(stored, u_scale) >= largest)
 
 
