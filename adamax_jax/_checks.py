@@ -47,6 +47,16 @@ def check_eps(name: str, value: Any) -> Any:
     )
 
 
+def check_growth(name: str, value: Any) -> Any:
+    """Returns the largest factor of a growth, or None, refusing one not above 1."""
+    if value is None:
+        return None
+    _check_precision(name, value)
+    return _check_scalar(
+        name, value, "None, or above 1 and finite", lambda x: 1 < x < math.inf
+    )
+
+
 def check_finite(name: str, value: Any) -> Any:
     """Returns a factor, refusing an infinite number or NaN."""
     return _check_scalar(name, value, "finite", math.isfinite)

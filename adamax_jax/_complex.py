@@ -30,11 +30,21 @@ def within(x: jax.Array, largest: float) -> jax.Array:
     """
     if not jnp.iscomplexobj(x):
         return _real_within(x, largest)
-    end = number(largest, jnp.real(x).dtype)
+    # A little less, since the modulus of what is cut off is rounded.
+    return _complex_within(x, number(_LESS * largest, jnp.real(x).dtype))
+
+
+def at_most(x: jax.Array, size: jax.Array) -> jax.Array:
+    """The same for sizes in an array, beside x; a real infinity is cut off too."""
+    if not jnp.iscomplexobj(x):
+        return jnp.clip(x, -size, size)
+    return _complex_within(x, size)
+
+
+def _complex_within(x, end):
     half = jnp.abs(by_parts(lambda part: part / 2, x))
     is_beyond = jnp.isfinite(half) & (half > end / 2)
-    # A little less, since the modulus of the product is rounded.
-    share = jnp.where(is_beyond, _LESS * (end / 2) / jnp.where(is_beyond, half, 1), 1)
+    share = jnp.where(is_beyond, (end / 2) / jnp.where(is_beyond, half, 1), 1)
     return by_parts(lambda part: part * share, x)
 
 

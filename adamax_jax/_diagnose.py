@@ -95,9 +95,9 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       The fraction of the other coordinates with :math:`|m| < u/1000`: u remembers
       gradients far above the recent ones, and the coordinate all but stands still. A
       spike k times the usual gradient is forgotten after
-      :math:`\ln k / (1 - \beta_2)` steps. Clip gradients, keep spikes out with
-      ``optax.conditionally_mask``, or lower ``b2``. Under noise alone it is about 0.01.
-      Where it is 1, gradients have stopped altogether.
+      :math:`\ln k / (1 - \beta_2)` steps. Set ``b2=0.98, max_growth=1.1``, with which
+      a single spike holds nothing back. Under noise alone it is about 0.01. Where it is
+      1, gradients have stopped altogether.
     ``decades``
       :math:`\log_{10}` of the largest u by the smallest, unseen coordinates aside: how
       badly the problem is scaled, and what ``u_dtype`` must span. uint8 spans 18

@@ -205,6 +205,19 @@ def as_stored(u: jax.Array, u_scale: ArrayLike, dtype: Any) -> jax.Array:
     return _read_u(_write_u(u, u_scale, dtype), u_scale)
 
 
+def next_larger(stored_u: jax.Array, u_scale: ArrayLike) -> jax.Array:
+    """What a u below 32 bits would be if the next larger number were stored."""
+    unsigned = jnp.dtype(f"uint{8 * stored_u.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(stored_u, unsigned)
+    if stored_u.dtype == jnp.uint8:
+        last = unsigned.type(255)
+    else:
+        last = np.array(jnp.finfo(stored_u.dtype).max).view(unsigned)
+    # The last, infinity and NaN have none.
+    bits = jnp.where(bits < last, bits + unsigned.type(1), bits)
+    return _read_u(lax.bitcast_convert_type(bits, stored_u.dtype), u_scale)
+
+
 def is_saturated(
     stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike
 ) -> jax.Array:

@@ -14,12 +14,25 @@ class Step(NamedTuple):
     update: np.ndarray
 
 
-def adamax(gradients, b1=0.9, b2=0.999, eps=1e-8, eps_inside=True, nesterov=False):
+def adamax(
+    gradients,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    eps_inside=True,
+    nesterov=False,
+    max_growth=None,
+):
     """Yields m_t, u_t and the update for each gradient of a sequence."""
     m = np.zeros(np.shape(gradients[0]), np.result_type(gradients[0], np.float64))
     u = np.zeros(np.shape(gradients[0]))
     for t, g in enumerate(gradients, start=1):
         g = np.asarray(g, m.dtype)
+        if max_growth is not None:
+            # A u that has seen no gradient takes any.
+            is_beyond = (u > 2 * eps) & (np.abs(g) > max_growth * u)
+            size = np.where(is_beyond, np.abs(g), 1)
+            g = np.where(is_beyond, g * (max_growth * u / size), g)
         m = b1 * m + (1 - b1) * g
         if eps_inside:
             u = np.maximum(b2 * u, np.abs(g) + eps)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from adamax_jax import adamax
@@ -97,6 +98,19 @@ def test_one_kernel_for_each_leaf(device):
     found = compiled.compile_step(compiled.Contender(TWO_BYTES), device, arrays)
     assert found.traffic.kernels == len(arrays)
     assert found.traffic.moved_bytes == found.ideal_bytes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtypes", [None, ("bfloat16", "bfloat16"), ("int8", "uint8")])
+def test_a_bounded_growth_moves_no_byte_more(dtypes, device):
+    needs(device)
+    m_dtype, u_dtype = dtypes or (None, None)
+    optimizer = adamax(max_growth=1.1, m_dtype=m_dtype, u_dtype=u_dtype)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        found = compiled.compile_step(compiled.Contender(optimizer, dtype), device)
+        assert found.traffic.kernels == 1
+        assert found.traffic.moved_bytes == found.ideal_bytes
+        assert found.temporary_bytes < SCALARS
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -35,6 +35,7 @@ CONFIGURATIONS = [
         "eps": eps,
         "nesterov": (i + j) % 2 == 1,
         "eps_inside": (i // 2 + j) % 2 == 1,
+        "max_growth": 1.25 if (i + 2 * j) % 3 == 1 else None,
     }
     for i, (b1, b2) in enumerate(DECAYS)
     for j, eps in enumerate(FLOORS)

@@ -14,6 +14,8 @@ EXACT = {"b1": 0.875, "b2": 1 - 2**-10}
 # ... and the defaults as float32 holds them: its 0.999 is 0.99900001287, which alone
 # moves u by 1.3e-8 for every step since a coordinate's last record gradient.
 DEFAULT = {"b1": float(np.float32(0.9)), "b2": float(np.float32(0.999))}
+# ... and with a bounded growth, of which float32 holds the factor exactly.
+BOUNDED = {"b1": 0.875, "b2": 1 - 2**-6, "max_growth": 1.125}
 
 
 def errors(ours, g, **options):
@@ -38,7 +40,9 @@ def errors(ours, g, **options):
 @pytest.mark.parametrize("eps_inside", [True, False])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize(
-    ("decays", "tolerance"), [(EXACT, 1e-6), (DEFAULT, 2e-6)], ids=["exact", "default"]
+    ("decays", "tolerance"),
+    [(EXACT, 1e-6), (DEFAULT, 2e-6), (BOUNDED, 2e-6)],
+    ids=["exact", "default", "bounded growth"],
 )
 def test_float32(decays, tolerance, nesterov, eps_inside):
     options = decays | {"nesterov": nesterov, "eps_inside": eps_inside}

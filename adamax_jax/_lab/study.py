@@ -20,6 +20,7 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -32,6 +33,8 @@ from adamax_jax._lab.train import InHalf, Method, Run, Trainer
 
 # What the other methods are compared to, where it is trained.
 REFERENCES = ("Adam", "AdaMax", "bfloat16, master weights")
+# And where Adam was trained with several b2: the one whose mean over seeds is best.
+BEST_ADAM = "Adam at its best b2"
 # A search that goes further than this finds no best.
 MOST_RATES = 12
 
@@ -96,10 +99,65 @@ HALF: dict[str, Method] = {
     for residual in ("int16", "int8")
     for suffix, make in (("", adamax), (", two bytes", TWO_BYTES))
 }
-METHODS: dict[str, Method] = {"Adam": optax.adam} | {
+# How long u remembers. Adam may choose among the same memories.
+MEMORIES = (0.95, 0.98, 0.99, 0.995)
+ADAM: dict[str, Method] = {"Adam": optax.adam} | {
+    f"Adam, b2 = {b2}": functools.partial(optax.adam, b2=b2) for b2 in MEMORIES
+}
+MEMORY: dict[str, Method] = {
+    f"AdaMax, b2 = {b2}": functools.partial(adamax, b2=b2) for b2 in MEMORIES
+}
+
+
+def _rising(c):
+    """b2 = 1 - c / (20 c + t): 0.95 at first, and then a memory of t / c steps."""
+
+    def method(rate):
+        def b2(t):
+            return jnp.minimum(1 - c / (c / 0.05 + t), 0.999)
+
+        return optax.inject_hyperparams(adamax)(rate, b2=b2)
+
+    return method
+
+
+RISING: dict[str, Method] = {
+    f"AdaMax, b2 rising with c = {c}": _rising(c) for c in (1, 3, 10)
+}
+GROWTH: dict[str, Method] = {
+    f"AdaMax, b2 = {b2}, growth {k}": functools.partial(adamax, b2=b2, max_growth=k)
+    for b2 in (0.98, 0.99)
+    for k in (1.05, 1.1, 1.5, 2)
+}
+# Without anything new: gradients clipped by others.
+CLIPPED: dict[str, Method] = {
+    f"AdaMax, b2 = 0.98, {name}": lambda rate, clip=clip: optax.chain(
+        clip, adamax(rate, b2=0.98)
+    )
+    for name, clip in (
+        ("norm at most 1", optax.clip_by_global_norm(1.0)),
+        ("adaptive clipping at 0.01", optax.adaptive_grad_clip(0.01)),
+    )
+}
+METHODS: dict[str, Method] = {
     name: method
-    for group in (STORAGES, SHARED, ORDERS, LONG_ORDERS, HALF)
+    for group in (
+        ADAM,
+        STORAGES,
+        SHARED,
+        ORDERS,
+        LONG_ORDERS,
+        HALF,
+        MEMORY,
+        RISING,
+        GROWTH,
+        CLIPPED,
+    )
     for name, method in group.items()
+}
+# Names that stand for several methods.
+GROUPS: dict[str, list[str]] = {
+    "memory": [*ADAM, "AdaMax", *MEMORY, *RISING, *GROWTH, *CLIPPED]
 }
 
 
@@ -176,7 +234,7 @@ class Row:
     search: dict[float, float]
     seeds: int
     value: Estimate
-    # To each of REFERENCES with the same seeds.
+    # To each of REFERENCES, and to BEST_ADAM, with the same seeds.
     differences: dict[str, Estimate]
 
 
@@ -197,15 +255,15 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
 def _row(task, metric, i, method, methods):
     runs = _at_best(methods[method])
     differences = {}
-    for reference in REFERENCES:
-        if reference == method or reference not in methods:
+    for name, reference in _references(methods).items():
+        if reference == method:
             continue
         values = {run.seed: run.metrics[i] for run in _at_best(methods[reference])}
         pairs = [
             run.metrics[i] - values[run.seed] for run in runs if run.seed in values
         ]
         if pairs:
-            differences[reference] = estimate(pairs)
+            differences[name] = estimate(pairs)
     return Row(
         task=task,
         metric=metric,
@@ -225,6 +283,18 @@ def _row(task, metric, i, method, methods):
     )
 
 
+def _references(methods):
+    """Which methods the others are compared to, by the names of the columns."""
+    references = {name: name for name in REFERENCES if name in methods}
+    adams = [name for name in ADAM if name in methods]
+    if len(adams) > 1:
+        references[BEST_ADAM] = min(
+            adams,
+            key=lambda name: np.mean([cost(run) for run in _at_best(methods[name])]),
+        )
+    return references
+
+
 def _at_best(runs):
     """The runs at the best learning rate, by seed."""
     first = [run for run in runs if run.seed == 0]
@@ -240,7 +310,8 @@ def markdown(rows: Sequence[Row]) -> str:
     for place in dict.fromkeys((row.task, row.metric) for row in rows):
         group = [row for row in rows if (row.task, row.metric) == place]
         digits = digits_to_show(row.value for row in group)
-        references = [r for r in REFERENCES if any(r == row.method for row in group)]
+        named = {reference for row in group for reference in row.differences}
+        references = [name for name in (BEST_ADAM, *REFERENCES) if name in named]
         columns = ["method", "bytes per parameter", "learning rate", "seeds"]
         columns += ["mean ± sd", *(f"to {reference}" for reference in references)]
         lines = [f"{place[0]}: {place[1]}", "", f"| {' | '.join(columns)} |"]
@@ -268,7 +339,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _add_options(parser):
     add_names(parser, "--tasks", ALL_TASKS, default=TASKS)
-    add_names(parser, "--methods", METHODS, default=STORAGES)
+    add_names(parser, "--methods", METHODS | GROUPS, default=STORAGES)
     parser.add_argument(
         "--rates",
         choices=("task", "search"),
@@ -295,7 +366,9 @@ def _results(options):
     return study(
         # Each once, also where it was named twice.
         dict.fromkeys(options.tasks),
-        dict.fromkeys(options.methods),
+        dict.fromkeys(
+            method for name in options.methods for method in GROUPS.get(name, [name])
+        ),
         options.seeds,
         options.steps,
         search=options.rates == "search",

@@ -256,6 +256,21 @@ def _flow() -> Problem:
     )
 
 
+def _with_spikes(make, share: float, factor: float) -> Problem:
+    """Another problem, where a share of the gradients is multiplied by a factor."""
+    problem = make()
+
+    def loss(params, batch, key):
+        value = problem.loss(params, batch, key)
+        # The noise of the problem itself is of the key.
+        is_spike = jax.random.uniform(jax.random.fold_in(key, 1)) < share
+        above = jnp.where(is_spike, factor - 1, 0)
+        # The value is the same.
+        return value + above * (value - jax.lax.stop_gradient(value))
+
+    return problem._replace(loss=loss)
+
+
 def _transformer(width: int = 64) -> Problem:
     """A transformer of two layers learns to write Python, character by character."""
     from flax import nnx
@@ -373,13 +388,18 @@ TASKS = {
     ),
 }
 
-# The last of them wider and trained longer, with warm-up. A search for the best begins
-# with their learning rate.
+# Others made of them: gradients with spikes, warm-up, a wider model, a longer training.
+# A search for the best begins with their learning rate.
 _warm = TASKS["transformer"]._replace(warm_up=0.1)
-LARGER = {
+FURTHER = {
+    "vae, spikes": TASKS["vae"]._replace(
+        make=functools.partial(_with_spikes, _vae, 1 / 200, 1e3)
+    ),
+    "transformer, short warm-up": TASKS["transformer"]._replace(warm_up=0.02),
+    "transformer, warm-up": _warm,
     "transformer, wide": _warm._replace(
         make=functools.partial(_transformer, width=96), steps=1200
     ),
     "transformer, long": _warm._replace(steps=2400),
 }
-ALL_TASKS = TASKS | LARGER
+ALL_TASKS = TASKS | FURTHER

@@ -1,0 +1,266 @@
+"""``max_growth``: u grows by at most a factor in one step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from sequences import gradients, trajectory, updates_of
+
+from adamax_jax import adamax, adamaxw, diagnose, moments, scale_by_adamax
+
+K = 1.125
+DECAYS = {"b1": 0.875, "b2": 1 - 2**-6}
+BOUND = (1 - 0.875) / (1 - 0.875 / (1 - 2**-6))
+# A step of a code of u, as a factor, at most; float32 has steps that do not count.
+STEP_OF_U = {
+    "float32": 1,
+    "bfloat16": 1 + 2**-7,
+    "float16": 1 + 2**-10,
+    "float8_e4m3fn": 1.125,
+    "float8_e5m2": 1.25,
+    "uint8": 1.25,
+}
+U_DTYPES = pytest.mark.parametrize("u_dtype", STEP_OF_U)
+
+
+def moments_of(states):
+    """m and u after each step, from a trajectory."""
+    return jax.jit(jax.vmap(moments))(states)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("eps_inside", [True, False])
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_it_is_the_reference_in_float64(x64, dtype, eps_inside, nesterov):
+    options = DECAYS | {"nesterov": nesterov, "eps_inside": eps_inside, "max_growth": K}
+    g = gradients(decades=4)
+    if dtype == np.complex128:
+        g = g + 1j * gradients(decades=4, seed=1)
+    update, state = trajectory(scale_by_adamax(**options), jnp.asarray(g))
+    for t, exact in enumerate(reference.adamax(g, **options)):
+        np.testing.assert_allclose(state.u[t], exact.u, rtol=1e-12)
+        np.testing.assert_allclose(update[t], exact.update, rtol=1e-10, atol=1e-12)
+
+
+def test_a_growth_that_is_never_reached_changes_nothing():
+    g = jnp.asarray(gradients(), jnp.float32)
+    plain, plain_state = trajectory(scale_by_adamax(), g)
+    bounded, state = trajectory(scale_by_adamax(max_growth=1e30), g)
+    np.testing.assert_array_equal(state.u, plain_state.u)
+    # The compiler may join the product and the sum of the mean in one rounding.
+    np.testing.assert_allclose(bounded, plain, rtol=0, atol=1e-6)
+
+
+@U_DTYPES
+def test_u_grows_by_the_factor_or_by_one_step_of_its_dtype(u_dtype):
+    """After gradients of 1, others of 1e3: u rises to them, and not at once."""
+    options = {**DECAYS, "max_growth": K, "m_dtype": "float32", "u_dtype": u_dtype}
+    # Different ones, so that all codes of an octave come up.
+    size = np.linspace(1, 2, 16, dtype=np.float32)
+    steps = 100
+    scale = np.where(np.arange(steps) < 10, 1, 100)[:, None]
+    g = jnp.asarray(size * scale, jnp.float32)
+    _, states = trajectory(scale_by_adamax(**options), g)
+    u = np.asarray(moments_of(states)[1])
+    growth = u[1:] / u[:-1]
+    # Half a step of the dtype is the rounding of what was cut off.
+    largest = max(K, STEP_OF_U[u_dtype]) * (1 + (STEP_OF_U[u_dtype] - 1) / 2)
+    assert growth.max() <= largest + 1e-6
+    assert np.all(growth[9:20] > 1.03)
+    # It took a while, and got there.
+    assert np.all(u[14] < 30)
+    np.testing.assert_allclose(u[-1], g[-1], rtol=0.13)
+
+
+@U_DTYPES
+@pytest.mark.parametrize("eps_inside", [True, False])
+def test_the_first_gradient_is_taken_whole(u_dtype, eps_inside):
+    """Also if zeros came before it; they leave u at eps, which is no gradient."""
+    optimizer = scale_by_adamax(
+        max_growth=K, u_dtype=u_dtype, m_dtype="float32", eps_inside=eps_inside
+    )
+    g = jnp.zeros([9, 3]).at[0, 0].set(2).at[1, 1].set(2).at[8, 2].set(2)
+    update, states = trajectory(optimizer, g)
+    u = np.asarray(moments_of(states)[1])
+    for i, t in enumerate((0, 1, 8)):
+        assert u[t, i] == pytest.approx(2, rel=0.13)
+        correction = (1 - 0.9) / (1 - 0.9 ** (t + 1))
+        assert update[t, i] == pytest.approx(correction, rel=0.14)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_u_follows_a_quantile(share):
+    """Of gradients that are 1 or 0: u stays at 1 where the ones are frequent enough.
+
+    One of them raises u by ln k, as long as it is below 1, all others lower it by
+    -ln b2: it rises if share * ln k > (1 - share) * -ln b2.
+    """
+    k, b2, steps = 1.1, 0.98, 4000
+    rises = share * np.log(k) > (1 - share) * -np.log(b2)
+    assert rises == (share == 0.3)
+    is_one = np.random.default_rng(0).random([steps, 50]) < share
+    # u begins at 1e-3, which the first gradient sets.
+    g = jnp.where(jnp.arange(steps)[:, None] == 0, 1e-3, jnp.float32(is_one))
+    _, states = trajectory(scale_by_adamax(b2=b2, max_growth=k), g)
+    u = np.asarray(states.u[-1000:])
+    assert (np.median(u) > 0.8) if rises else (np.median(u) < 1e-3)
+
+
+STORAGES = {
+    "float32": {},
+    "bfloat16": {"m_dtype": "bfloat16", "u_dtype": "bfloat16"},
+    "two bytes": {"m_dtype": "int8", "u_dtype": "uint8"},
+    "one byte": {"m_dtype": "int8", "shared_axes": -1},
+}
+IN_STORAGES = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+
+
+@IN_STORAGES
+def test_steps_stay_within_the_bound(storage):
+    """It is AdaMax of other gradients, so that what holds for all holds for these."""
+    rng = np.random.default_rng(0)
+    g = gradients(steps=500, size=64, decades=2).reshape(500, 8, 8)
+    g *= np.where(rng.random(g.shape) < 0.02, 1e6, 1)
+    # The same sign for long: what makes steps long.
+    g[250:] = np.abs(g[250:])
+    updates = updates_of(
+        scale_by_adamax(**DECAYS, max_growth=K, **storage), jnp.asarray(g, jnp.float32)
+    )
+    rounding = 1.14 * 1.1 if storage else 1 + 1e-6
+    assert np.max(np.abs(updates)) <= BOUND * rounding
+
+
+@IN_STORAGES
+def test_a_spike_holds_nothing_up(storage):
+    """After a gradient of 1e6 among noise u is where it was, and steps as long."""
+    rng = np.random.default_rng(0)
+    g = rng.normal(size=[200, 32, 32]).astype(np.float32)
+    g[100] *= 1e6
+    optimizer = scale_by_adamax(b2=0.98, max_growth=1.1, **storage)
+    updates, states = trajectory(optimizer, jnp.asarray(g))
+    u = np.asarray(moments_of(states)[1])
+    # One step by the factor, or by one code.
+    assert np.all(u[100] <= 1.27 * u[99])
+    rms = np.sqrt(np.mean(np.square(updates), axis=(1, 2)))
+    assert 0.8 < rms[101:].mean() / rms[50:100].mean() < 1.3
+
+
+@pytest.mark.parametrize(
+    "u_dtype", ["float16", "float8_e4m3fn", "float8_e5m2", "uint8"]
+)
+def test_a_narrow_u_follows_the_wide_one(u_dtype):
+    """Under noise, within one step of its dtype."""
+    g = np.random.default_rng(0).normal(size=[2000, 100]).astype(np.float32)
+
+    def median(u_dtype):
+        optimizer = scale_by_adamax(
+            b2=0.98, max_growth=1.1, m_dtype="float32", u_dtype=u_dtype
+        )
+        _, states = trajectory(optimizer, jnp.asarray(g))
+        return np.median(moments_of(states)[1][500:])
+
+    ratio = median(u_dtype) / median("float32")
+    assert 1 / STEP_OF_U[u_dtype] < ratio < STEP_OF_U[u_dtype]
+
+
+def test_a_shared_u_grows_by_the_factor():
+    optimizer = scale_by_adamax(**DECAYS, max_growth=K, shared_axes=-1)
+    g = jnp.ones([2, 4, 8]).at[1, 0, 3].set(1e3).at[1, 1, 0].set(1.06)
+    updates, states = trajectory(optimizer, g)
+    np.testing.assert_allclose(states.u[1, :, 0], [K, 1.06, 1, 1], rtol=1e-6)
+    # The others of a row see their own gradients.
+    expected = jnp.ones([8]).at[3].set((0.875 + K) / (0.875 + 1))
+    np.testing.assert_allclose(updates[1, 0] * K, expected, rtol=1e-6)
+
+
+def test_infinities_are_cut_off_and_nan_is_not():
+    g = (
+        jnp.ones([3, 3])
+        .at[1, 0]
+        .set(jnp.inf)
+        .at[1, 1]
+        .set(-jnp.inf)
+        .at[1, 2]
+        .set(jnp.nan)
+    )
+    updates, states = trajectory(scale_by_adamax(**DECAYS, max_growth=K), g)
+    np.testing.assert_allclose(states.u[1, :2], K, rtol=1e-6)
+    assert np.all(np.isfinite(updates[:, :2]))
+    assert np.all(np.isnan(updates[1:, 2]))
+
+
+def test_none_leaves_a_leaf_as_it_is():
+    optimizer = scale_by_adamax(max_growth=K)
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    _, state = optimizer.update(params, optimizer.init(params))
+    _, after = optimizer.update({"a": jnp.full(2, 9.0), "b": None}, state)
+    np.testing.assert_array_equal(after.u["b"], state.u["b"])
+    np.testing.assert_allclose(after.u["a"], K, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [adamax, adamaxw])
+def test_it_may_be_injected_and_scheduled(make):
+    g = jnp.asarray(gradients(steps=20, decades=2), jnp.float32)
+    injected = optax.inject_hyperparams(make)(
+        0.1, max_growth=lambda count: jnp.where(count < 10, 1e9, 1.5)
+    )
+
+    def last_u(optimizer, state=None):
+        params = jnp.zeros(g.shape[1])
+        state = optimizer.init(params)
+        for x in g:
+            _, state = jax.jit(optimizer.update)(x, state, params)
+        return optax.tree.get(state, "u")
+
+    late, plain = last_u(injected), last_u(make(0.1))
+    assert np.all(late <= plain)
+    assert np.any(late < plain)
+
+
+@pytest.mark.parametrize("wrt", range(3))
+def test_derivatives_are_those_of_finite_differences(x64, wrt):
+    g = gradients(steps=6, size=8, decades=3)[:, 1:] + 0.5
+
+    def loss(scale, k, b2):
+        optimizer = scale_by_adamax(b2=b2, max_growth=k)
+        state = optimizer.init(jnp.zeros(7))
+        total = 0.0
+        for x in g:
+            update, state = optimizer.update(jnp.asarray(x) * scale**2, state)
+            total += jnp.sum(update * jnp.arange(7.0))
+            scale = scale + 0.01 * jnp.tanh(total)
+        return total
+
+    at = [1.1, 1.2, 0.9]
+    step = 1e-6
+    above, below = (
+        [x + d * (i == wrt) for i, x in enumerate(at)] for d in (step, -step)
+    )
+    difference = (loss(*above) - loss(*below)) / (2 * step)
+    assert float(jax.grad(loss, wrt)(*at)) == pytest.approx(
+        float(difference), rel=1e-5, abs=1e-7
+    )
+
+
+@pytest.mark.parametrize("value", [1, 0.5, -2.0, 0, np.inf, np.nan, np.float32(1)])
+def test_numbers_that_are_no_growth_are_refused(value):
+    for make in (scale_by_adamax, adamax, adamaxw):
+        with pytest.raises(ValueError, match=r"max_growth must be .* got"):
+            make(max_growth=value)
+
+
+@pytest.mark.parametrize("value", ["1.1", jnp.ones(2), 1.1 + 0j, jnp.bfloat16(1.1)])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises((TypeError, ValueError), match="max_growth"):
+        adamax(max_growth=value)
+
+
+def test_dead_units_are_seen_as_before():
+    optimizer = scale_by_adamax(max_growth=K)
+    params = jnp.zeros(4)
+    state = optimizer.init(params)
+    for _ in range(3):
+        _, state = optimizer.update(jnp.array([0.0, 1, 2, 3]), state)
+    assert float(diagnose(state).total["unseen"]) == 0.25
