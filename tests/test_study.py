@@ -242,7 +242,7 @@ def test_all_methods_are_trained_at_the_rate_of_the_task(trainings):
 
 
 def test_all_methods_are_trained_at_their_best_rate(trainings):
-    list(study.study(["flow"], ["Adam", "AdaMax"], seeds=3, steps=7, search=True))
+    list(study.study(["flow"], ["Adam", "AdaMax"], seeds=3, steps=7, rates="search"))
     assert trainings == [
         ("compiled", 7),
         *(("Adam", exponent, 0) for exponent in (0, 1, 2)),
@@ -252,6 +252,104 @@ def test_all_methods_are_trained_at_their_best_rate(trainings):
         *(("AdaMax", exponent, 0) for exponent in (1, 2, 0, -1, -2)),
         *(("AdaMax", -1, seed) for seed in (1, 2)),
     ]
+
+
+def test_a_curve_has_all_seeds_at_eight_rates(trainings):
+    list(study.study(["flow"], ["Adam"], seeds=2, rates="curve"))
+    powers = range(-4, 4)
+    assert trainings[1:] == [("Adam", p, seed) for p in powers for seed in (0, 1)]
+
+
+def test_memories_are_what_they_are_called():
+    """By their u, after gradients of 1, one of 9, and others of 0."""
+    params = jnp.ones([2, 2])
+    gradients = [jnp.full([2, 2], g) for g in (1.0, 9.0, *[0.0] * 8)]
+
+    def u_of(method):
+        optimizer = study.METHODS[method](0.1)
+        state = optimizer.init(params)
+        for g in gradients:
+            _, state = jax.jit(optimizer.update)(g, state, params)
+        return optax.tree.get(state, "u").ravel()
+
+    expected = {"AdaMax": 9 * 0.999**8}
+    for b2 in study.MEMORIES:
+        expected[f"AdaMax, b2 = {b2}"] = 9 * b2**8
+    for c in (1, 3, 10):
+        memory = [1 - c / (20 * c + t) for t in range(2, 10)]
+        expected[f"AdaMax, b2 rising with c = {c}"] = 9 * np.prod(memory)
+    for b2 in (0.98, 0.99):
+        for k in (1.05, 1.1, 1.5, 2):
+            expected[f"AdaMax, b2 = {b2}, growth {k}"] = k * b2**8
+    # Norms of 2 and of 18 become 1.
+    expected["AdaMax, b2 = 0.98, norm at most 1"] = 0.5 * 0.98**8
+    # A hundredth of the norm of a column, sqrt(2), is what its gradient may have.
+    expected["AdaMax, b2 = 0.98, adaptive clipping at 0.01"] = 0.01 * 0.98**8
+    assert set(expected) | set(study.ADAM) == set(study.GROUPS["memory"])
+    for method, u in expected.items():
+        np.testing.assert_allclose(u_of(method), u, rtol=1e-4, err_msg=method)
+
+
+def test_adams_memories_are_what_they_are_called():
+    for method in study.ADAM:
+        b2 = float(method.rpartition("= ")[2]) if "=" in method else 0.999
+        optimizer = study.METHODS[method](0.1)
+        _, state = optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
+        assert state[0].nu == pytest.approx(1 - b2, rel=1e-4)
+
+
+def test_narrow_memories_are_those_of_the_wide_ones():
+    params = {"kernel": jnp.ones([64, 64])}
+    for method in study.NARROW:
+        state = study.METHODS[method](0.1).init(params)
+        nbytes = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
+        assert nbytes == 64 * 64 * (2 if "two" in method else 1 + 4 / 64)
+
+
+def test_a_group_stands_for_its_methods(trainings, tmp_path):
+    arguments = ["--tasks", "flow", "--methods", "Adam", "memory", "--seeds", "1"]
+    _, results = run_command(tmp_path, *arguments)
+    methods = [run["method"] for run in results["runs"]]
+    assert methods == study.GROUPS["memory"]
+
+
+def test_the_best_of_adam_is_a_reference():
+    """That whose mean is best, not the best of seed 0."""
+    means = {"Adam": (1.0, 5.0), "Adam, b2 = 0.98": (2.0, 3.0), "AdaMax": (4.0, 5.0)}
+    runs = [
+        run_of(method, seed, metric, 0.1, "flow")
+        for method, metrics in means.items()
+        for seed, metric in enumerate(metrics)
+    ]
+    adam, best, adamax = study.summarize(runs)
+    assert best.differences.keys() == {"Adam", "AdaMax"}
+    assert adam.differences[study.BEST_ADAM].mean == 0.5
+    assert adamax.differences[study.BEST_ADAM].mean == 2
+    assert adamax.differences["Adam"].mean == 1.5
+    assert "| to Adam at its best b2 | to Adam | to AdaMax |" in study.markdown(
+        study.summarize(runs)
+    )
+
+
+def test_spikes_multiply_some_gradients_and_no_losses():
+    plain = tasks.Problem(
+        init=None,
+        loss=lambda w, batch, key: w**2 + jax.random.uniform(key),
+        examples=None,
+        measure=None,
+    )
+    spiked = tasks._with_spikes(lambda: plain, 0.25, 1e3)
+    keys = jax.random.split(jax.random.key(0), 400)
+
+    def of(problem):
+        return jax.vmap(jax.value_and_grad(problem.loss), (None, None, 0))(3.0, 0, keys)
+
+    losses, gradients = of(spiked)
+    expected_losses, expected = of(plain)
+    np.testing.assert_allclose(losses, expected_losses)
+    ratio = np.asarray(gradients / expected)
+    assert set(np.round(ratio)) == {1, 1000}
+    assert np.mean(ratio > 2) == pytest.approx(0.25, abs=0.06)
 
 
 def test_methods_are_what_they_are_called():

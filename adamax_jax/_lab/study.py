@@ -8,7 +8,14 @@ rounding alone, and tells how far that goes.
 
 With --rates search each method is trained at its own best learning rate: for every task
 and method, rates a factor of 2 apart are tried with one seed until the best lies
-between two others; then all seeds are trained at the best.
+between two others; then all seeds are trained at the best. With --rates curve all seeds
+are trained at eight rates, from a sixteenth of the task's to eight times it.
+
+"--methods memory" asks how long AdaMax should remember. Of each task and each method
+this is reported, whichever way it falls: the difference to Adam at b2 = 0.999, to the
+best of Adam's b2 (by the mean of all seeds), and to AdaMax at b2 = 0.999. The methods
+are Adam and AdaMax at b2 = 0.95 to 0.999; AdaMax with a b2 that rises during the
+training; with a bounded growth; and, as controls, with gradients that are clipped.
 """
 
 import argparse
@@ -37,6 +44,8 @@ REFERENCES = ("Adam", "AdaMax", "bfloat16, master weights")
 BEST_ADAM = "Adam at its best b2"
 # A search that goes further than this finds no best.
 MOST_RATES = 12
+# The learning rates of a curve, as powers of 2 beside the task's.
+CURVE = range(-4, 4)
 
 
 def _all_but_last(path, leaf):
@@ -129,6 +138,17 @@ GROWTH: dict[str, Method] = {
     for b2 in (0.98, 0.99)
     for k in (1.05, 1.1, 1.5, 2)
 }
+# The same in few bytes.
+NARROW: dict[str, Method] = {
+    f"AdaMax, b2 = 0.98{growth}, {name}": functools.partial(
+        adamax, b2=0.98, m_dtype="int8", **options, **storage
+    )
+    for growth, options in (("", {}), (", growth 1.1", {"max_growth": 1.1}))
+    for name, storage in (
+        ("two bytes", {"u_dtype": "uint8"}),
+        ("one byte", {"shared_axes": -1}),
+    )
+}
 # Without anything new: gradients clipped by others.
 CLIPPED: dict[str, Method] = {
     f"AdaMax, b2 = 0.98, {name}": lambda rate, clip=clip: optax.chain(
@@ -151,13 +171,15 @@ METHODS: dict[str, Method] = {
         MEMORY,
         RISING,
         GROWTH,
+        NARROW,
         CLIPPED,
     )
     for name, method in group.items()
 }
 # Names that stand for several methods.
 GROUPS: dict[str, list[str]] = {
-    "memory": [*ADAM, "AdaMax", *MEMORY, *RISING, *GROWTH, *CLIPPED]
+    "memory": [*ADAM, "AdaMax", *MEMORY, *RISING, *GROWTH, *CLIPPED],
+    "memory, narrow": [*NARROW],
 }
 
 
@@ -166,7 +188,7 @@ def study(
     methods: Iterable[str],
     seeds: int,
     steps: int | None = None,
-    search: bool = False,
+    rates: str = "task",
 ) -> Iterator[Run]:
     """Yields each run as soon as it is done; ``steps`` are the task's if None."""
     for name in tasks:
@@ -180,10 +202,15 @@ def study(
                 rate = ALL_TASKS[name].learning_rate * 2.0**exponent
                 return trainer.run(name, method, rate, seed)
 
-            if search:
+            if rates == "curve":
+                for power in CURVE:
+                    for seed in range(seeds):
+                        yield train(power, seed)
+                continue
+            if rates == "search":
                 # It begins where that of the method before ended.
                 exponent = yield from _search(train, exponent)
-            for seed in range(1 if search else 0, seeds):
+            for seed in range(1 if rates == "search" else 0, seeds):
                 yield train(exponent, seed)
 
 
@@ -342,10 +369,10 @@ def _add_options(parser):
     add_names(parser, "--methods", METHODS | GROUPS, default=STORAGES)
     parser.add_argument(
         "--rates",
-        choices=("task", "search"),
+        choices=("task", "search", "curve"),
         default="task",
-        help="the learning rates: the task's, or each method's best, which is searched "
-        "for (default: %(default)s)",
+        help="the learning rates: the task's; each method's best, which is searched "
+        "for; or eight around the task's (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds",
@@ -371,7 +398,7 @@ def _results(options):
         ),
         options.seeds,
         options.steps,
-        search=options.rates == "search",
+        rates=options.rates,
     )
 
 
@@ -418,6 +445,7 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     rates = {
         "task": "Learning rates are the tasks'",
         "search": "Learning rates are the best of those a factor of 2 apart, by seed 0",
+        "curve": "Learning rates are the best of eight, by seed 0",
     }[options.rates]
     trained = ", ".join(
         f"{name} {task['steps']} ({task['schedule']}"
