@@ -88,28 +88,22 @@ def scale_by_adamax(
     u_dtype: DTypeLike | None = None,
     shared_axes: SharedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales gradients by AdaMax: momentum divided by a decayed maximum.
+    """Rescales gradients by AdaMax: momentum divided by a decayed maximum.
 
-    With :math:`g_t` the gradient at step :math:`t = 1, 2, \dots` and
-    :math:`m_0 = u_0 = 0`, element by element,
+    With ``g_t`` the gradient at step t = 1, 2, ... and ``m_0 = u_0 = 0``, element by
+    element,
 
-    .. math::
+    ::
 
-      \begin{align*}
-        m_t &\leftarrow \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
-        u_t &\leftarrow \max(\beta_2 u_{t-1}, |g_t| + \varepsilon) \\
-        \text{update}_t &\leftarrow \frac{m_t}{(1 - \beta_1^t)\, u_t}
-      \end{align*}
+      m_t = b1 * m_{t-1} + (1 - b1) * g_t
+      u_t = max(b2 * u_{t-1}, |g_t| + eps)
+      update_t = m_t / ((1 - b1^t) * u_t)
 
-    where :math:`\beta_1, \beta_2, \varepsilon` are ``b1``, ``b2`` and ``eps``. An
-    update is a pure number: it has no unit, and for :math:`\beta_1 < \beta_2` never
-    exceeds in magnitude
+    An update is a pure number: it has no unit, and for ``b1 < b2`` never exceeds in
+    magnitude ::
 
-    .. math::
-
-      \frac{1 - \beta_1}{1 - \beta_1^t}
-      \cdot \frac{1 - (\beta_1 / \beta_2)^t}{1 - \beta_1 / \beta_2}
-      \le \frac{1 - \beta_1}{1 - \beta_1 / \beta_2},
+      (1 - b1) / (1 - b1^t) * (1 - (b1 / b2)^t) / (1 - b1 / b2)
+        <= (1 - b1) / (1 - b1 / b2)
 
     which is 1 at the first step and tends to 1.0091 at the defaults (the bound holds
     for ``nesterov=False``). The update points uphill; :func:`adamax` turns it around
@@ -125,23 +119,20 @@ def scale_by_adamax(
     below 32 bits, since that decays with all the others.
 
     **Bounded growth.** One gradient of k times the usual size holds a coordinate back
-    for :math:`\ln k / (1 - \beta_2)` steps, until u has forgotten it. With
-    ``max_growth``, here k > 1, u grows by at most this factor in one step. What exceeds
-    it is cut off, before m and u see it:
+    for ``ln(k) / (1 - b2)`` steps, until u has forgotten it. With ``max_growth`` u
+    grows by at most this factor in one step. What exceeds it is cut off, before m and u
+    see it::
 
-    .. math::
-
-      g_t \leftarrow g_t \, \min\left(1, \frac{k\, u_{t-1}}{|g_t|}\right)
-      \quad \text{where } u_{t-1} > 2 \varepsilon,
+      g_t = g_t * min(1, max_growth * u_{t-1} / |g_t|)   where u_{t-1} > 2 * eps
 
     and the rest is AdaMax of these gradients, within the bound above. (A u that is no
     larger has not seen a gradient yet, and takes any.) So u does not follow the maximum
-    of the gradients but a quantile: where a share s of them raises u by k and the
-    others lie below u, it stands still if :math:`s \ln k = -(1 - s) \ln \beta_2`. At
-    ``b2=0.98, max_growth=1.1`` this share is 17 %. An infinite gradient is cut off as
-    well (a complex one is not), NaN is not. Below 32 bits u grows to the next number of
-    its dtype at least, or it could not grow at all: in uint8 and float8_e5m2 by 14 to
-    25 %, in float8_e4m3fn by 7 to 13 %.
+    of the gradients but a quantile: where a share s of them raises u by the factor and
+    the others lie below u, it stands still if ``s ln(max_growth) = -(1 - s) ln(b2)``.
+    At ``b2=0.98, max_growth=1.1`` this share is 17 %. An infinite gradient is cut off
+    as well (a complex one is not), NaN is not. Below 32 bits u grows to the next number
+    of its dtype at least, or it could not grow at all: in uint8 and float8_e5m2 by 14
+    to 25 %, in float8_e4m3fn by 7 to 13 %.
 
     **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
     without drift: each stored number is the exact one rounded once, at any age, and the
@@ -161,11 +152,9 @@ def scale_by_adamax(
     is refused where that can be seen: :func:`convert_state` stores it in other dtypes.
 
     **Sharing u.** With ``shared_axes`` one u stands for each slice S of a parameter
-    along these axes,
+    along these axes, ::
 
-    .. math::
-
-      u_t \leftarrow \max(\beta_2 u_{t-1}, \max_{j \in S} |g_{t,j}| + \varepsilon),
+      u_t = max(b2 * u_{t-1}, max over j in S of |g_{t,j}| + eps)
 
     and being a maximum of maxima, it is the largest of the slice's element-wise u, to
     the bit (with ``max_growth`` it is not). So, but for the rounding of m, no step is
@@ -197,24 +186,24 @@ def scale_by_adamax(
       nesterov: Whether to look one step ahead in the mean (NadaMax), as
         ``optax.adam(nesterov=True)`` does.
       eps_inside: Whether ``eps`` is added inside the maximum, as above and in Optax
-        and PyTorch, or to the denominator, :math:`m_t / ((1-\beta_1^t)(u_t +
-        \varepsilon))` with :math:`u_t = \max(\beta_2 u_{t-1}, |g_t|)`, as in Keras,
-        TensorFlow and MLX. True by default, since this takes the place of
-        ``optax.scale_by_adamax``; False in :func:`scale_by_lp_adam`, which takes that
-        of ``optax.scale_by_adam``.
+        and PyTorch, or to the denominator, ``m_t / ((1 - b1^t) * (u_t + eps))`` with
+        ``u_t = max(b2 * u_{t-1}, |g_t|)``, as in Keras, TensorFlow and MLX. True by
+        default, since this takes the place of ``optax.scale_by_adamax``; False in
+        :func:`scale_by_lp_adam`, which takes that of ``optax.scale_by_adam``.
       max_growth: The largest factor by which u grows in one step, above 1; None for no
         bound, as in the paper and in Optax.
       m_dtype: What m is stored in: None for the parameter's own dtype, "float32",
         "bfloat16", "float64" or, as its ratio to u, "float16" and in one byte "int8",
         "float8_e4m3fn" or "float8_e5m2" (one byte needs ``b1 < b2``, which is not
         checked for traced numbers). A ratio in one byte is cut off at 1.25 (int8: 1.3)
-        on either side of 0, which the bound above exceeds from ``b1 = 0.996`` on at the
-        default ``b2``. In int8 its codes are 2.4e-4 apart at 0, and from there on 3 to
-        6 % of their sum with 0.005.
+        on either side of 0. The bound above exceeds that from ``b1 = 0.996`` up at the
+        default ``b2`` and from ``b2 = 0.975`` down at the default ``b1``; gradients of
+        training were not seen to (``notebooks/07_memory.ipynb``). In int8 its codes are
+        2.4e-4 apart at 0, and from there on 3 to 6 % of their sum with 0.005.
       u_dtype: What u is stored in: None for the parameter's own dtype, one of those
-        floats, or "uint8": 4 codes per octave, so that u is known to a ninth of
-        itself at worst, from 4.7e-10 to 3.2e9. What is outside of that counts as its
-        ends; code 0 is a coordinate without any gradient, where ``eps`` is not inside.
+        floats, or "uint8": 4 codes per octave, with a relative error of at most
+        1/9, from 4.7e-10 to 3.2e9. Values are clamped to this range; code 0 is a
+        coordinate without any gradient, where ``eps`` is not inside.
       shared_axes: Along which axes u is shared: None for none, an integer or a tuple of
         them (negative ones count from the last), or a function of the parameter's path
         (as of ``jax.tree_util.tree_map_with_path``) and the parameter that returns one
@@ -261,8 +250,8 @@ def scale_by_adamax(
     References:
       Kingma and Ba, `Adam: A Method for Stochastic Optimization
       <https://arxiv.org/abs/1412.6980>`_, 2014. Nesterov: Dozat, `Incorporating
-      Nesterov Momentum into Adam <https://openreview.net/pdf?id=OM0jvwB8jIp57ZJjtNEZ>`_,
-      2016.
+      Nesterov Momentum into Adam
+      <https://openreview.net/pdf?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016.
     """
     b1 = check_decay("b1", b1)
     b2 = check_decay("b2", b2)
@@ -339,20 +328,17 @@ def adamax(
     u_dtype: DTypeLike | None = None,
     shared_axes: SharedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaMax: Adam with the infinity norm in place of the second moment.
+    """AdaMax: Adam with the infinity norm in place of the second moment.
 
-    .. math::
+    ::
 
-      \begin{align*}
-        m_t &\leftarrow \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
-        u_t &\leftarrow \max(\beta_2 u_{t-1}, |g_t| + \varepsilon) \\
-        \theta_t &\leftarrow \theta_{t-1}
-          - \alpha_t \frac{m_t}{(1 - \beta_1^t)\, u_t}
-      \end{align*}
+      m_t = b1 * m_{t-1} + (1 - b1) * g_t
+      u_t = max(b2 * u_{t-1}, |g_t| + eps)
+      theta_t = theta_{t-1} - learning_rate * m_t / ((1 - b1^t) * u_t)
 
-    with :math:`\theta` the parameters and :math:`\alpha_t` the learning rate. The
-    positional arguments and their meaning are those of ``optax.adamax``;
-    :func:`scale_by_adamax` explains those that are not listed here, and the storage.
+    with g the gradients and theta the parameters. The positional arguments and their
+    meaning are those of ``optax.adamax``; :func:`scale_by_adamax` explains those that
+    are not listed here, and the storage.
 
     Args:
       learning_rate: The largest change of a parameter in one step (without
@@ -419,17 +405,17 @@ def adamaxw(
     u_dtype: DTypeLike | None = None,
     shared_axes: SharedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaMax with decoupled weight decay.
+    """AdaMax with decoupled weight decay.
 
-    .. math::
+    ::
 
-      \theta_t \leftarrow \theta_{t-1} - \alpha_t \left(
-        \frac{m_t}{(1 - \beta_1^t)\, u_t} + \lambda_t\, \theta_{t-1} \right)
+      theta_t = theta_{t-1} - learning_rate * (
+        m_t / ((1 - b1^t) * u_t) + weight_decay * theta_{t-1}
+      )
 
-    with :math:`m_t` and :math:`u_t` as in :func:`adamax` and :math:`\lambda_t` the
-    ``weight_decay``, which never enters :math:`m_t` or :math:`u_t`. The positional
-    arguments and their meaning are those of ``optax.adamaxw``. For the L2 penalty of
-    ``torch.optim.Adamax(weight_decay=...)``, which does enter them, use
+    with m and u as in :func:`adamax`, which the weight decay never enters. The
+    positional arguments and their meaning are those of ``optax.adamaxw``. For the L2
+    penalty of ``torch.optim.Adamax(weight_decay=...)``, which does enter them, use
     ``optax.chain(optax.add_decayed_weights(weight_decay), adamax(...))``.
 
     Args:

@@ -75,12 +75,12 @@ class Diagnosis:
 
 
 def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
-    r"""Figures of the state, to be logged during training.
+    """Figures of the state, to be logged during training.
 
     For each parameter, and for all of them together:
 
     ``rms``, ``max``
-      Root mean square and maximum of :math:`|m/u|`, which lies between 0 and 1.0091 (at
+      Root mean square and maximum of ``|m/u|``, which lies between 0 and 1.0091 (at
       the default decay rates): the length of a step as a share of the learning rate,
       but for the bias correction of the first steps. An ``rms`` near 1 says that
       gradients keep their sign: the learning rate may be larger. Gradients that are
@@ -92,15 +92,15 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       freeze them. A gradient of exactly 0 cannot be told from one that underflowed: in
       half precision, scale the loss.
     ``stale``
-      The fraction of the other coordinates with :math:`|m| < u/1000`: u remembers
-      gradients far above the recent ones, and the coordinate all but stands still. A
+      The fraction of the other coordinates with ``|m| < u/1000``: u remembers
+      gradients far above the recent ones, and the coordinate nearly stands still. A
       spike k times the usual gradient is forgotten after
-      :math:`\ln k / (1 - \beta_2)` steps. Set ``b2=0.98, max_growth=1.1``, with which
+      ``ln(k) / (1 - b2)`` steps. Set ``b2=0.98, max_growth=1.1``, with which
       a single spike holds nothing back. Under noise alone it is about 0.01. Where it is
       1, gradients have stopped altogether.
     ``decades``
-      :math:`\log_{10}` of the largest u by the smallest, unseen coordinates aside: how
-      badly the problem is scaled, and what ``u_dtype`` must span. uint8 spans 18
+      The decimal logarithm of the largest u by the smallest, unseen coordinates aside:
+      how badly the problem is scaled, and what ``u_dtype`` must span. uint8 spans 18
       decades, float16 11, float8_e5m2 9, float8_e4m3fn 5.
     ``saturated``
       The fraction of coordinates whose stored m or u is at an end of the range of its

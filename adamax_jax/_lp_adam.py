@@ -81,35 +81,28 @@ def scale_by_lp_adam(
     nesterov: bool = False,
     eps_inside: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales gradients by momentum divided by a decayed L^p norm.
+    """Rescales gradients by momentum divided by a decayed L^p norm.
 
-    With :math:`g_t` the gradient at step :math:`t = 1, 2, \dots` and
-    :math:`m_0 = u_0 = 0`, element by element,
+    With ``g_t`` the gradient at step t = 1, 2, ... and ``m_0 = u_0 = 0``, element by
+    element,
 
-    .. math::
+    ::
 
-      \begin{align*}
-        m_t &\leftarrow \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
-        w_t &\leftarrow \frac{1 - \beta_2^p}{1 - \beta_2^{pt}} \\
-        u_t &\leftarrow \left( (1 - w_t)\, u_{t-1}^p
-          + w_t\, |g_t|^p \right)^{1/p} \\
-        \text{update}_t &\leftarrow \frac{m_t / (1 - \beta_1^t)}{u_t + \varepsilon}
-      \end{align*}
+      m_t = b1 * m_{t-1} + (1 - b1) * g_t
+      w_t = (1 - b2^p) / (1 - b2^(p t))
+      u_t = ((1 - w_t) * u_{t-1}^p + w_t * |g_t|^p)^(1/p)
+      update_t = m_t / (1 - b1^t) / (u_t + eps)
 
-    where :math:`\beta_1, \beta_2, \varepsilon` are ``b1``, ``b2`` and ``eps``. With
-    p = 2 it is Adam, whose own :math:`\beta_2` is the square of this one:
+    With p = 2 it is Adam, whose own ``b2`` is the square of this one:
     ``optax.adam(b2=0.999)`` is ``b2=0.999**0.5`` here. With p = infinity it is AdaMax.
 
-    The paper keeps :math:`v_t = \beta_2^p v_{t-1} + (1 - \beta_2^p) |g_t|^p`, whose
-    :math:`v_t / (1 - \beta_2^{pt})` is :math:`u_t^p` here. It overflows, or vanishes,
+    The paper keeps ``v_t = b2^p * v_{t-1} + (1 - b2^p) * |g_t|^p``, of which
+    ``v_t / (1 - b2^(p t))`` is ``u_t^p`` here. It overflows, or vanishes,
     for large p: the family was called unstable. Here u itself is kept, and the larger
-    of the two terms is taken out of the sum,
+    of the two terms is taken out of the sum, ::
 
-    .. math::
-
-      u_t \leftarrow h \exp\left( \tfrac{1}{p} \log(1 + (l / h)^p) \right), \qquad
-      l, h = \text{the smaller, the larger of } (1 - w_t)^{1/p} u_{t-1},\;
-      w_t^{1/p} |g_t|,
+      l, h = the smaller, the larger of (1 - w_t)^(1/p) * u_{t-1}, w_t^(1/p) * |g_t|
+      u_t = h * exp(log(1 + (l / h)^p) / p)
 
     so that no power exceeds 1: it is stable for every p. In float32 and at the default
     ``b2``, a u of finite p is within 1e-5 of the exact one (relative), and within 1e-4
@@ -117,13 +110,10 @@ def scale_by_lp_adam(
     needs no correction, and remains a mean of the gradients where p or ``b2`` changes
     on the way.
 
-    While p and the decay rates are constant and :math:`\beta_1 < \beta_2`, no update
-    without Nesterov momentum exceeds, by Hölder's inequality with q the conjugate of p,
+    While p and the decay rates are constant and ``b1 < b2``, no update without Nesterov
+    momentum exceeds, by Hölder's inequality with q the conjugate of p, ::
 
-    .. math::
-
-      \frac{1 - \beta_1}{(1 - \beta_2^p)^{1/p} (1 - (\beta_1 / \beta_2)^q)^{1/q}},
-      \qquad \tfrac{1}{p} + \tfrac{1}{q} = 1,
+      (1 - b1) / ((1 - b2^p)^(1/p) * (1 - (b1 / b2)^q)^(1/q)),   1/p + 1/q = 1
 
     which is approached: at the default rates 100 for p = 1, 5.15 for 2, 2.51 for 3,
     1.24 for 8, 1.0017 for 64 and 1.0091 for infinity (7.27 for ``optax.adam``).
@@ -143,7 +133,7 @@ def scale_by_lp_adam(
         0/0 is 0: a coordinate that never saw a gradient does not move.
       nesterov: Whether to look one step ahead in the mean, as
         ``optax.adam(nesterov=True)`` does.
-      eps_inside: Whether ``eps`` is added to :math:`|g_t|`, or to the denominator as
+      eps_inside: Whether ``eps`` is added to ``|g_t|``, or to the denominator as
         above. False by default, since this takes the place of ``optax.scale_by_adam``;
         True in :func:`scale_by_adamax`, which takes that of ``optax.scale_by_adamax``.
 
@@ -233,14 +223,13 @@ def lp_adam(
     nesterov: bool = False,
     eps_inside: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with the L^p norm in place of the root mean square.
+    """Adam with the L^p norm in place of the root mean square.
 
-    .. math::
+    ::
 
-      \theta_t \leftarrow \theta_{t-1}
-        - \alpha_t \frac{m_t / (1 - \beta_1^t)}{u_t + \varepsilon}
+      theta_t = theta_{t-1} - learning_rate * m_t / (1 - b1^t) / (u_t + eps)
 
-    with :math:`m_t` and :math:`u_t` as in :func:`scale_by_lp_adam`, which explains the
+    with m and u as in :func:`scale_by_lp_adam`, which explains the
     arguments that are not listed here: Adam at p = 2 (with the square root of its
     ``b2``), AdaMax at p = infinity, and stable between them. The larger p, the closer
     is the longest step to the learning rate (to within 1 %), and the more do large
@@ -297,16 +286,15 @@ def lp_adamw(
     nesterov: bool = False,
     eps_inside: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with the L^p norm and decoupled weight decay.
+    """Adam with the L^p norm and decoupled weight decay.
 
-    .. math::
+    ::
 
-      \theta_t \leftarrow \theta_{t-1} - \alpha_t \left(
-        \frac{m_t / (1 - \beta_1^t)}{u_t + \varepsilon}
-        + \lambda_t\, \theta_{t-1} \right)
+      theta_t = theta_{t-1} - learning_rate * (
+        m_t / (1 - b1^t) / (u_t + eps) + weight_decay * theta_{t-1}
+      )
 
-    with :math:`m_t` and :math:`u_t` as in :func:`scale_by_lp_adam` and
-    :math:`\lambda_t` the ``weight_decay``, which never enters them.
+    with m and u as in :func:`scale_by_lp_adam`, which the weight decay never enters.
 
     Args:
       learning_rate: As in :func:`lp_adam`; it multiplies the weight decay as well.

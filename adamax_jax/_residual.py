@@ -36,21 +36,19 @@ MasterWeightsState.__module__ = "adamax_jax"
 def master_weights(
     optimizer: optax.GradientTransformation, residual_dtype: DTypeLike = "int16"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Trains parameters in half precision as if they were in float32.
+    """Trains parameters in half precision as if they were in float32.
 
     A step that is shorter than half the distance of a parameter to the next number of
     its dtype is rounded away: in bfloat16, one of 1e-3 beside a parameter of 1. Here
     the state keeps, in two bytes or in one, the residual that is left over when the
-    float32 parameter is rounded. With :math:`p` the parameter, :math:`r` its residual
-    and :math:`\Delta` the step of the wrapped optimizer,
+    float32 parameter is rounded. With p the parameter, r its residual
+    and ``update`` that of the wrapped optimizer,
 
-    .. math::
+    ::
 
-      \begin{align*}
-        x_t &= p_{t-1} + r_{t-1} + \Delta_t(g_t, p_{t-1} + r_{t-1}) \\
-        p_t &= \operatorname{round}(x_t) \\
-        r_t &= x_t - p_t
-      \end{align*}
+      x_t = p_{t-1} + r_{t-1} + update(g_t, p_{t-1} + r_{t-1})
+      p_t = round(x_t)
+      r_t = x_t - p_t
 
     So the optimizer sees float32 parameters and gradients, for its weight decay too,
     and its ``init`` makes the state of such.
@@ -379,5 +377,5 @@ def _in_full(p):
     if not is_half(p):
         return p
     if isinstance(p, jax.ShapeDtypeStruct):
-        return p.update(dtype=jnp.float32)
+        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding)
     return jnp.asarray(p, jnp.float32)

@@ -25,7 +25,7 @@ from adamax_jax._storage import (
 )
 
 
-def moments(state: optax.OptState) -> tuple[optax.Updates, optax.Updates]:
+def moments(state: optax.OptState) -> tuple[Any, Any]:
     """The mean and the infinity norm of the gradients, however they are stored.
 
     Args:

@@ -278,7 +278,7 @@ def _write_u(u, u_scale, dtype):
     if dtype != jnp.uint8:
         keep = (u == 0) | jnp.isinf(u)
         clipped = jnp.clip(scaled, _smallest(dtype), end)
-        return _narrowed(jnp.where(keep, scaled, clipped), dtype)
+        return _narrowed(_nearest(jnp.where(keep, scaled, clipped), dtype), dtype)
     # abs clears the sign of a NaN, which then counts as the end, as an infinity does.
     bits = jnp.minimum(_bits(jnp.abs(scaled)), _bits(end))
     # Adding half a code rounds to nearest; a carry goes on to the next octave.
@@ -323,6 +323,17 @@ def _narrowed(x, dtype):
         return jnp.where(is_special, special, x.astype(dtype))
 
     return lax.platform_dependent(x, cpu=chosen, default=lambda x: x.astype(dtype))
+
+
+def _nearest(x, dtype):
+    """The nearest number of a float dtype, as float32; below its normal numbers, x.
+
+    A cast does that as well, but XLA:CPU casted to float8 by way of float16 before JAX
+    0.10.2, and so rounded twice. (Smaller numbers it would take for normal ones.)
+    """
+    info = jnp.finfo(dtype)
+    rounded = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=info.nmant)
+    return jnp.where(x < float(info.smallest_normal), x, rounded)
 
 
 def _neighbour(ratio, dither, dtype):

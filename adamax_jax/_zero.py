@@ -66,7 +66,7 @@ def zero_shardings(
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from jax.sharding import AxisType
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
       >>> from adamax_jax import adamax, zero_shardings
       >>> mesh = jax.make_mesh(
       ...     (len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,)
@@ -77,7 +77,7 @@ def zero_shardings(
       >>> state = jax.jit(optimizer.init, out_shardings=shardings)(params)
       >>> tuple(state[0].m["kernel"].sharding.spec)
       ('data', None)
-      >>> replicated = jax.NamedSharding(mesh, jax.P())
+      >>> replicated = NamedSharding(mesh, PartitionSpec())
       >>> def step(params, state, gradients):
       ...     updates, state = optimizer.update(gradients, state, params)
       ...     return optax.apply_updates(params, updates), state

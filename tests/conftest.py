@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import hypothesis
 import jax
 import pytest
+from versions import enable_x64
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -19,5 +20,5 @@ hypothesis.settings.load_profile("suite")
 @pytest.fixture
 def x64():
     """Switches double precision on for one test."""
-    with jax.enable_x64(True):
+    with enable_x64():
         yield

@@ -244,13 +244,13 @@ def _keras_precision(dtype):
 
     With float32 there, parameters in float64 would move by float32(0.001).
     """
-    import jax
     import keras
+    from versions import enable_x64
 
     before = keras.config.floatx()
     keras.config.set_floatx(dtype)
     try:
-        with jax.enable_x64(dtype == "float64"):
+        with enable_x64(dtype == "float64"):
             yield
     finally:
         keras.config.set_floatx(before)
@@ -305,13 +305,14 @@ def run_optax(initial, gradients, **options):
     import jax
     import jax.numpy as jnp
     import optax
+    from versions import enable_x64
 
     alias = optax.adamaxw if "weight_decay" in options else optax.adamax
     optimizer = alias(**options)
     steps = []
     # Optax's AdaMax is refused under strict promotion, under which the tests run.
     with (
-        jax.enable_x64(initial.dtype == np.float64),
+        enable_x64(initial.dtype == np.float64),
         jax.numpy_dtype_promotion("standard"),
     ):
         params = jnp.asarray(initial)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from sequences import STORAGES
+from versions import needs_new_xla
 
 from adamax_jax import adamax, lp_adam, master_weights
 from adamax_jax._lab import bench, shapes
@@ -88,6 +89,7 @@ def test_only_an_eps_that_may_be_zero_is_tested_for_0_by_0():
     assert compares(0.0) > positive
 
 
+@needs_new_xla
 @every_storage
 def test_a_step_is_three_kernels_a_leaf(storage):
     """m, u and the parameters: none computes what another has stored."""
@@ -106,6 +108,7 @@ def temporary_bytes(*args):
     return compiled(*args).memory_analysis().temp_size_in_bytes
 
 
+@needs_new_xla
 @every_storage
 def test_temporary_memory(storage):
     """None, as in Optax, or one byte."""
@@ -114,6 +117,7 @@ def test_temporary_memory(storage):
     assert found <= COPIES[storage] * LARGE + SCALARS
 
 
+@needs_new_xla
 def test_one_byte_needs_no_temporary_memory():
     """But for the vectors of the rows."""
     optimizer = adamax(0.1, m_dtype="int8", shared_axes=-1)
@@ -121,6 +125,7 @@ def test_one_byte_needs_no_temporary_memory():
     assert found <= 4 * 2 * LARGE // 1000 + SCALARS
 
 
+@needs_new_xla
 @pytest.mark.parametrize("residual_dtype", ["int16", "int8"])
 def test_temporary_memory_of_master_weights(residual_dtype):
     """Copies of the old parameters and of u."""

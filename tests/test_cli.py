@@ -238,7 +238,7 @@ def hide(monkeypatch, *modules):
     ("is_clone", "how"),
     [
         (True, 'In the folder of adamax_jax:\n    pip install -e ".[demo]"'),
-        (False, '    pip install "adamax_jax[demo]"'),
+        (False, ":\n    pip install flax scikit-learn"),
     ],
     ids=["clone", "wheel"],
 )

@@ -1,4 +1,4 @@
-"""What the README says is true."""
+"""What the README and the pages of the documentation say is true."""
 
 import re
 import tomllib
@@ -15,54 +15,82 @@ import test_peers
 import adamax_jax
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "notebooks").glob("*.md"))]
 FLAGS = re.DOTALL | re.MULTILINE
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, FLAGS)
 
 
-def run(example, **names):
-    exec(compile(example, "README.md", "exec"), names)
+def page(name):
+    return (ROOT / "notebooks" / f"{name}.md").read_text()
+
+
+def section(text, heading):
+    """What stands below a heading, up to the next one."""
+    pattern = rf"^#+ {re.escape(heading)}\n(.*?)(?=^##+ |\Z)"
+    return re.search(pattern, text, FLAGS)[1]
+
+
+def example(text, heading):
+    """The first example of a section."""
+    return re.search(r"^```python\n(.*?)^```", section(text, heading), FLAGS)[1]
+
+
+def run(code, **names):
+    exec(compile(code, "an example", "exec"), names)
     return names
+
+
+FLAX = example(README.read_text(), "adamax_jax")
+STORAGE = example(page("choosing"), "Two bytes per parameter")
+ONE_BYTE = example(page("choosing"), "One byte per parameter")
 
 
 def test_flax_example():
     with jax.numpy_rank_promotion("allow"):
-        assert run(EXAMPLES[0])["loss"] < 1e-4
+        assert run(FLAX)["loss"] < 1e-4
 
 
 def test_flax_example_has_twelve_lines():
-    assert len([line for line in EXAMPLES[0].splitlines() if line]) == 12
+    assert len([line for line in FLAX.splitlines() if line]) == 12
 
 
 def test_chain_example():
     # Optax's cosine schedule mixes integers and floats.
     with jax.numpy_dtype_promotion("standard"):
-        params = run(EXAMPLES[1])["params"]
+        params = run(example(page("coming_from"), "In a chain"))["params"]
     # The first step is a learning rate of 0.01 and 1e-3 of it for the decay of ones.
     assert params["kernel"].ravel() == pytest.approx(1 - 1.001e-2)
     assert params["bias"] == pytest.approx(-1e-2)
 
 
 def test_storage_example():
-    names = run(EXAMPLES[2], params=jnp.ones(100))
+    names = run(STORAGE, params=jnp.ones(100))
     arrays = [x for x in jax.tree.leaves(names["state"]) if x.ndim]
     assert sum(x.nbytes for x in arrays) == 200
     assert names["m"].dtype == names["u"].dtype == jnp.float32
 
 
 def test_one_byte_example(capsys):
-    names = run(EXAMPLES[3])
+    names = run(ONE_BYTE)
     assert names["state"][0].u["kernel"].shape == (256, 1)
     adam = jax.tree.leaves(optax.adam(1e-2).init(names["params"]))
-    stated = re.search(r"# (\d+); Adam's has (\d+)", EXAMPLES[3]).groups()
+    stated = re.search(r"# (\d+); Adam's has (\d+)", ONE_BYTE).groups()
     assert capsys.readouterr().out.split() == [stated[0]]
     assert sum(x.nbytes for x in adam) == int(stated[1])
 
 
-def test_half_precision_example():
+@pytest.mark.parametrize(
+    ("text", "heading"),
+    [
+        (README.read_text(), "Choosing how to store the state"),
+        (page("choosing"), "Half-precision parameters"),
+    ],
+    ids=["README", "choosing"],
+)
+def test_half_precision_example(text, heading):
     # Optax adds float32 updates to bfloat16 parameters.
     with jax.numpy_dtype_promotion("standard"):
-        names = run(EXAMPLES[4])
+        names = run(example(text, heading))
     assert names["params"]["kernel"].dtype == jnp.bfloat16
     # The learning rate, and a step as two bytes hold it.
     assert jnp.max(jnp.abs(names["full"]["kernel"] - 0.999)) < 0.02 * 1e-3
@@ -73,7 +101,7 @@ def test_half_precision_example():
 def test_family_example():
     # Optax's schedule mixes integers and floats.
     with jax.numpy_dtype_promotion("standard"):
-        optimizer = run(EXAMPLES[5])["optimizer"]
+        optimizer = run(example(page("choosing"), "From Adam to AdaMax"))["optimizer"]
         state = optimizer.init(jnp.ones(3))
         updates, state = optimizer.update(jnp.ones(3), state)
     assert updates.tolist() == pytest.approx([-3e-3] * 3, rel=1e-5)
@@ -81,16 +109,22 @@ def test_family_example():
 
 
 def test_devices_example():
-    names = run(EXAMPLES[6])
+    names = run(example(page("devices"), "Many devices"))
     # Ten steps downhill, each of at most the learning rate.
     kernel = names["params"]["kernel"]
     assert jnp.all((kernel > 0.89) & (kernel < 0.98))
     assert names["state"][0].m["kernel"].sharding.mesh == names["mesh"]
 
 
+def test_short_devices_example():
+    names = run(example(README.read_text(), "Many devices"))
+    assert names["state"][0].m["kernel"].sharding == names["shardings"][0].m["kernel"]
+
+
 def test_diagnosis_example(capsys):
-    run(EXAMPLES[7])
-    table = re.search(r"print\(diagnose.*?^```\n\n```\n(.*?)^```", README, FLAGS)[1]
+    text = page("diagnosing")
+    run(example(text, "Diagnosing a run"))
+    table = re.search(r"print\(diagnose.*?^```\n\n```\n(.*?)^```", text, FLAGS)[1]
     assert capsys.readouterr().out == table
 
 
@@ -99,7 +133,7 @@ def test_torch_example():
     recorded = peers.torch_model()
     weights = {name: steps[0] for name, steps in recorded.params.items()}
     names = run(
-        EXAMPLES[8],
+        example(page("coming_from"), "Continue a run"),
         to_jax=lambda weights: {k: jnp.asarray(v.T) for k, v in weights.items()},
         torch_model=SimpleNamespace(
             state_dict=lambda: weights, named_parameters=weights.items
@@ -134,8 +168,8 @@ ROWS = {
     "MT-DNN": ("mt_dnn-defaults", {"lr": 1e-3, "w": 1e-2}),
     "`paddle": ("paddle-dense", {"lr": 1e-3}),
 }
-SECTION = README[README.index("## Coming from") : README.index("## What the demo")]
-TABLE = re.findall(r"^\| (.+?) \| (.+) \|$", SECTION, re.MULTILINE)
+ROW = re.compile(r"^\| (.+?) \| (.+) \|$", re.MULTILINE)
+TABLE = ROW.findall(section(page("coming_from"), "The same updates"))
 
 
 def test_every_row_of_the_table_is_held_to_a_run():
@@ -158,16 +192,32 @@ def test_coming_from(start):
     test_peers.assert_same(peers.CASES[name].keep(actual), expected, "float32")
 
 
-def test_links_lead_somewhere():
-    targets = re.findall(r"\]\(([^)]+)\)", README)
-    local = [target for target in targets if not target.startswith("https://")]
-    assert local
-    for target in local:
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    targets = re.findall(r"\]\(([^)]+)\)", path.read_text())
+    for target in targets:
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("extra", ["demo", "test", "trainers", "dev"])
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 200
+
+
+def test_all_public_names_are_on_the_page_of_them():
+    names = re.findall(r"auto\w+:: (\w+)", page("api"))
+    assert sorted(names) == sorted(adamax_jax.__all__)
+
+
+def test_all_pages_are_in_the_index():
+    listed = re.findall(r"^(\w+)$", page("index"), re.MULTILINE)
+    there = [path.stem for path in (ROOT / "notebooks").glob("*.*b")]
+    there += [path.stem for path in PAGES if path.stem not in ("README", "index")]
+    assert sorted(listed) == sorted(there)
+
+
+@pytest.mark.parametrize("extra", ["demo", "test", "dev", "docs"])
 def test_extras_exist(extra):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert f'pip install -e ".[{extra}]"' in README
+    assert f'pip install -e ".[{extra}]"' in README.read_text()
     assert extra in project["optional-dependencies"]

@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from sequences import STORAGES
+from versions import reshard, set_mesh, shard_map
 
 from adamax_jax import adamax, adamaxw, moments, zero_shardings
 
@@ -23,7 +24,7 @@ def mesh_of(axis_type):
 def check_explicit_types():
     """Every leaf of the state keeps its type, sharding included."""
     mesh = mesh_of(AxisType.Explicit)
-    with jax.set_mesh(mesh):
+    with set_mesh(mesh):
         for dtype in (jnp.float16, jnp.float32, jnp.complex64):
             params = jnp.ones([2, 8, 4], dtype)
             params = jax.device_put(params, NamedSharding(mesh, P(None, "data")))
@@ -38,9 +39,11 @@ def check_explicit_types():
                 assert types[0].u.sharding.spec == P(None, "data", None)
                 _, new_state = optimizer.update(params, state, params)
                 assert jax.tree.map(jax.typeof, new_state) == types
-                # Compiled, where types are all that is known.
-                _, new_state = jax.eval_shape(optimizer.update, params, state, params)
-                assert jax.tree.map(jax.typeof, new_state) == types
+                # Compiled, where types are all that is known; JAX 0.6 forgets them.
+                same = jax.eval_shape(lambda p: p, params)
+                if jax.typeof(same) == jax.typeof(params):
+                    shapes = jax.eval_shape(optimizer.update, params, state, params)
+                    assert jax.tree.map(jax.typeof, shapes[1]) == types
                 new_state = jax.jit(optimizer.init)(params)
                 assert jax.tree.map(jax.typeof, new_state) == types
 
@@ -108,25 +111,25 @@ def by_jit(mesh, params_spec, state_spec):
     by itself unless the mesh's axes are explicit.
     """
     explicit = AxisType.Explicit in mesh.axis_types
-    reshard = jax.sharding.reshard if explicit else lambda tree, sharding: tree
+    divide = reshard if explicit else lambda tree, sharding: tree
 
     def divided(spec):
         return jax.tree.map(lambda p: NamedSharding(mesh, spec), initial())
 
     @jax.jit
     def step(params, state, batch):
-        gradients = jax.grad(lambda params: loss(reshard(params, divided(P())), batch))(
+        gradients = jax.grad(lambda params: loss(divide(params, divided(P())), batch))(
             params
         )
-        gradients = reshard(gradients, divided(state_spec))
+        gradients = divide(gradients, divided(state_spec))
         updates, state = OPTIMIZER.update(gradients, state, params)
-        updates = reshard(updates, divided(params_spec))
+        updates = divide(updates, divided(params_spec))
         return optax.apply_updates(params, updates), state
 
     def put(batch):
         return jax.device_put(batch, NamedSharding(mesh, P("data")))
 
-    with jax.set_mesh(mesh):
+    with set_mesh(mesh):
         params = jax.device_put(initial(), divided(params_spec))
         state = OPTIMIZER.init(params)
         if state_spec != params_spec:
@@ -166,7 +169,7 @@ def by_shard_map(mesh, params_spec, state_spec):
         return optax.apply_updates(params, updates), state
 
     step = jax.jit(
-        jax.shard_map(
+        shard_map(
             step,
             mesh=mesh,
             in_specs=(params_specs, state_specs, P("data")),

@@ -13,6 +13,7 @@ import reference
 import sequences
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sequences import STORAGES, trajectory, updates_of
+from versions import set_mesh
 
 from adamax_jax import adamax, adamaxw, scale_by_adamax, zero_shardings
 from adamax_jax._lab import shapes
@@ -359,7 +360,7 @@ def check_no_bit_depends_on_the_layout():
     for axis_type in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
         for spec in SHARDINGS:
-            with jax.set_mesh(mesh):
+            with set_mesh(mesh):
                 actual = states_of(mesh, spec)
             jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
@@ -414,7 +415,7 @@ def check_zero_divides_it_too():
         for axis_type in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
             for spec in (P(), P("model", None), P(None, "model")):
-                with jax.set_mesh(mesh):
+                with set_mesh(mesh):
                     check_zero(mesh, spec, optimizer, *run)
 
 

@@ -19,6 +19,7 @@ from sequences import (
     gradients,
     train,
 )
+from versions import as_pure
 
 from adamax_jax import (
     adamax,
@@ -251,7 +252,7 @@ def test_a_state_is_inserted_into_an_nnx_optimizer():
     for g in gradients[STOP:]:
         optimizer.update(model, nnx.State({"kernel": nnx.Param(g["kernel"])}))
     expected, end = train(tx, expected, middle, gradients[STOP:])
-    state = nnx.as_pure(optimizer.opt_state)
+    state = as_pure(optimizer.opt_state)
     chex.assert_trees_all_close(dict(state[0].m), end[0].m, rtol=1e-6)
     chex.assert_trees_all_equal(dict(state[0].u), end[0].u)
     assert int(state[1].count) == int(end[1].count) == len(GRADIENTS)
@@ -279,7 +280,7 @@ def test_a_state_of_plain_arrays_and_one_of_nnx_fit_each_other():
 
 
 def moments_count(state):
-    return nnx.as_pure(state)[0].count
+    return as_pure(state)[0].count
 
 
 def test_states_that_do_not_fit_are_not_inserted():

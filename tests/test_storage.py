@@ -20,6 +20,7 @@ from sequences import (
     trajectory,
     updates_of,
 )
+from versions import needs_new_xla
 
 from adamax_jax import adamax, convert_state, moments, scale_by_adamax
 from adamax_jax._storage import M_DTYPES, U_DTYPES, read, write
@@ -719,6 +720,7 @@ def test_storage_of_each_leaf_when_parameters_mix():
     assert np.all(alone.u_scale == 1) and 1 < state.u_scale[-1] < 2
 
 
+@needs_new_xla
 @EVERY_STORAGE
 def test_temporary_memory_is_no_more_than_optax_takes(name):
     g = jnp.ones(1_000_000)

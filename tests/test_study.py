@@ -285,7 +285,8 @@ def test_memories_are_what_they_are_called():
     expected["AdaMax, b2 = 0.98, norm at most 1"] = 0.5 * 0.98**8
     # A hundredth of the norm of a column, sqrt(2), is what its gradient may have.
     expected["AdaMax, b2 = 0.98, adaptive clipping at 0.01"] = 0.01 * 0.98**8
-    assert set(expected) | set(study.ADAM) == set(study.GROUPS["memory"])
+    adams = {name for name in study.CLIPPED if name.startswith("Adam,")}
+    assert set(expected) | adams | set(study.ADAM) == set(study.GROUPS["memory"])
     for method, u in expected.items():
         np.testing.assert_allclose(u_of(method), u, rtol=1e-4, err_msg=method)
 
@@ -296,6 +297,11 @@ def test_adams_memories_are_what_they_are_called():
         optimizer = study.METHODS[method](0.1)
         _, state = optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
         assert state[0].nu == pytest.approx(1 - b2, rel=1e-4)
+    clipped = {"Adam, norm at most 1": 0.5**2, "Adam, adaptive clipping at 0.01": 1e-4}
+    for method, square in clipped.items():
+        optimizer, params = study.METHODS[method](0.1), jnp.ones([2, 2])
+        _, state = optimizer.update(params, optimizer.init(params), params)
+        assert optax.tree.get(state, "nu") == pytest.approx(1e-3 * square, rel=1e-4)
 
 
 def test_narrow_memories_are_those_of_the_wide_ones():

@@ -19,6 +19,7 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
 from sklearn.datasets import load_digits
+from versions import as_pure, set_mesh
 
 from adamax_jax import adamax, adamaxw, convert_state, moments
 
@@ -238,13 +239,13 @@ def test_flax_nnx_optimizer(flax, digits, storage):
     graph, params = nnx.split(nnx.clone(model))
     tx = adamax(0.01, **storage)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    before = types(nnx.as_pure(optimizer.opt_state))
+    before = types(as_pure(optimizer.opt_state))
     step = nnx_step(digits)
     compiled = nnx.jit(step)
     losses = [float(compiled(model, optimizer)) for _ in range(STEPS)]
     assert losses[-1] < ENOUGH
     assert step.traces == 1
-    after = nnx.as_pure(optimizer.opt_state)
+    after = as_pure(optimizer.opt_state)
     assert types(after) == before
     assert int(after[0].count) == int(optimizer.step[...]) == STEPS
 
@@ -252,11 +253,11 @@ def test_flax_nnx_optimizer(flax, digits, storage):
         return cross_entropy(nnx.merge(graph, params)(x), y)
 
     chex.assert_trees_all_equal(
-        (losses, nnx.as_pure(nnx.state(model)), after),
-        by_hand(cost, nnx.as_pure(params), tx),
+        (losses, as_pure(nnx.state(model)), after),
+        by_hand(cost, as_pure(params), tx),
     )
     # moments reads through the variables in which NNX wraps the state.
-    m, u = nnx.as_pure(moments(optimizer.opt_state))
+    m, u = as_pure(moments(optimizer.opt_state))
     chex.assert_trees_all_equal((m, u), moments(after))
     assert all(jnp.all(x > 0) for x in jax.tree.leaves(u))
 
@@ -277,13 +278,14 @@ def test_flax_nnx_optimizer_as_plain_trees(flax, digits):
     losses, after = train(compiled, state)
     assert losses[-1] < ENOUGH
     assert step.traces == 1
-    assert types(after) == types(state)
+    chex.assert_trees_all_equal_structs(after, state)
+    assert jax.tree.leaves(types(after)) == jax.tree.leaves(types(state))
 
 
 def test_flax_nnx_model_and_optimizer(flax, digits):
     x, y = digits
     both = nnx.ModelAndOptimizer(MLP(nnx.Rngs(0)), adamax(0.01, **TWO_BYTES))
-    before = types(nnx.as_pure(both.opt_state))
+    before = types(as_pure(both.opt_state))
 
     def cost(model):
         return cross_entropy(model(x), y)
@@ -298,7 +300,7 @@ def test_flax_nnx_model_and_optimizer(flax, digits):
     losses = [float(compiled(both)) for _ in range(STEPS)]
     assert losses[-1] < ENOUGH
     assert step.traces == 1
-    assert types(nnx.as_pure(both.opt_state)) == before
+    assert types(as_pure(both.opt_state)) == before
 
 
 class Adapted(nnx.Module):
@@ -328,30 +330,33 @@ def test_flax_nnx_optimizer_trains_what_wrt_says(flax, digits, wrt, enough):
     tx = adamax(0.03, **TWO_BYTES)
     optimizer = nnx.Optimizer(model, tx, wrt=wrt)
     graph, *parts = nnx.split(nnx.clone(model), wrt, ...)
-    chosen, rest = nnx.as_pure(parts)
-    before = types(nnx.as_pure(optimizer.opt_state))
+    chosen, rest = as_pure(parts)
+    before = types(as_pure(optimizer.opt_state))
     step = nnx_step(digits, wrt)
     compiled = nnx.jit(step)
     losses = [float(compiled(model, optimizer)) for _ in range(STEPS)]
     assert losses[-1] < enough
     assert step.traces == 1
-    after = nnx.as_pure(optimizer.opt_state)
+    after = as_pure(optimizer.opt_state)
     assert types(after) == before
 
     def cost(chosen, rest):
         return cross_entropy(nnx.merge(graph, chosen, rest)(x), y)
 
-    trained, untouched = nnx.as_pure(nnx.state(model, wrt, ...))
+    trained, untouched = as_pure(nnx.state(model, wrt, ...))
     chex.assert_trees_all_equal(
         (losses, trained, after), by_hand(cost, chosen, tx, rest)
     )
     chex.assert_trees_all_equal(untouched, rest)
 
 
+@pytest.mark.skipif(
+    not hasattr(nnx, "List"), reason="Flax before 0.12 has other names for it"
+)
 def test_flax_nnx_state_has_the_parameters_sharding(flax):
     names = ("a", "b")
     mesh = jax.make_mesh((1, 1), names, axis_types=(AxisType.Auto,) * 2)
-    with jax.set_mesh(mesh):
+    with set_mesh(mesh):
         init = nnx.with_partitioning(nnx.initializers.lecun_normal(), sharding=names)
         model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), kernel_init=init, use_bias=False)
         optimizer = nnx.Optimizer(model, adamax(0.1, **TWO_BYTES), wrt=nnx.Param)
@@ -359,7 +364,6 @@ def test_flax_nnx_state_has_the_parameters_sharding(flax):
             state = nnx.state(optimizer)["opt_state"][0]
             specs = nnx.get_partition_spec(state)
             for key in ("m", "u"):
-                assert state[key]["kernel"].out_sharding == names
                 assert specs[key]["kernel"].get_value() == PartitionSpec(*names)
             for key in ("count", "u_scale"):
                 assert specs[key].get_value() == PartitionSpec()
@@ -389,7 +393,7 @@ def test_flax_nnx_training_continues_through_conversions(flax, digits):
     graph, params = nnx.split(MLP(nnx.Rngs(0)))
     straight, _, _ = by_hand(
         lambda params: cross_entropy(nnx.merge(graph, params)(x), y),
-        nnx.as_pure(params),
+        as_pure(params),
         full,
         steps=3 * STEPS,
     )

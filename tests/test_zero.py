@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sequences import STORAGES
+from versions import as_pure
 
 from adamax_jax import adamax, adamaxw, diagnose, insert_state, zero_shardings
 
@@ -188,7 +189,7 @@ def check_a_state_that_exists():
     (kernel,) = jax.tree.leaves(optimizer.opt_state[0].u["kernel"])
     assert kernel.addressable_shards[0].data.shape == (1, 16)
     # Another run's state, inserted, lies where this one lay.
-    pure = nnx.as_pure(nnx.state(model, nnx.Param))
+    pure = as_pure(nnx.state(model, nnx.Param))
     _, other = tx.update(pure, tx.init(pure))
     optimizer.opt_state = insert_state(optimizer.opt_state, other)
     (inserted,) = jax.tree.leaves(optimizer.opt_state[0].u["kernel"])

@@ -245,7 +245,7 @@ class StepRow:
     parameters: int
     contender: str
     milliseconds: Spread
-    # Its time by that of optax.adamax in the same round.
+    # Its time relative to that of optax.adamax in the same round.
     ratio: Spread
     state_bytes_per_parameter: float
     moved_bytes_per_parameter: float

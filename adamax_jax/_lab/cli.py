@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,18 +145,14 @@ def _missing(command, options):
     if not missing:
         return None
     known = PACKAGES | AOT_PACKAGES
-    packages = ", ".join(dict.fromkeys(known[name] for name in missing))
+    packages = list(dict.fromkeys(known[name] for name in missing))
+    needs = f"The command {command.name} needs {', '.join(packages)}"
     extra = "aot" if missing[0] in AOT_PACKAGES else "demo"
     folder = Path(adamax_jax.__file__).parent.parent
     if (folder / "pyproject.toml").exists():
-        return (
-            f"The command {command.name} needs {packages}. In the folder of "
-            f'adamax_jax:\n    pip install -e ".[{extra}]"'
-        )
-    return (
-        f"The command {command.name} needs {packages}:\n"
-        f'    pip install "adamax_jax[{extra}]"'
-    )
+        return f'{needs}. In the folder of adamax_jax:\n    pip install -e ".[{extra}]"'
+    # From a wheel, which pip may not find by its name.
+    return f"{needs}:\n    pip install {shlex.join(packages)}"
 
 
 def _can_import(module):

@@ -112,9 +112,9 @@ class CompiledRow:
     contender: str
     kernels: int
     moved_bytes_per_parameter: float
-    # Its bytes by those of optax.adamax on the same parameters.
+    # Its bytes relative to those of optax.adamax on the same parameters.
     ratio: float
-    # Its bytes by the fewest there can be.
+    # Its bytes relative to the fewest there can be.
     ratio_to_ideal: float
     temporary_bytes_per_parameter: float
     collective_bytes_per_parameter: dict[str, float]

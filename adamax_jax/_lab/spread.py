@@ -38,7 +38,11 @@ def spread(
 def _state(optimizer, params, mesh):
     shardings = zero_shardings(optimizer, params, mesh, AXIS)
     state = jax.eval_shape(optimizer.init, params)
-    return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        shardings,
+    )
 
 
 def bytes_on_a_device(tree: Any) -> int:

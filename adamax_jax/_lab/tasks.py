@@ -105,6 +105,13 @@ def _functional(make_model):
     return init, lambda params: nnx.merge(graph, params)
 
 
+def _list_of(modules):
+    """A Flax module's list of others; before Flax 0.12 it is Python's own."""
+    from flax import nnx
+
+    return nnx.List(modules) if hasattr(nnx, "List") else modules
+
+
 def _mlp() -> Problem:
     """A perceptron with dropout learns to read the digits."""
     from flax import nnx
@@ -226,7 +233,7 @@ def _flow() -> Problem:
 
     class RealNVP(nnx.Module):
         def __init__(self, rngs):
-            self.couplings = nnx.List([Coupling(rngs) for _ in range(8)])
+            self.couplings = _list_of([Coupling(rngs) for _ in range(8)])
 
         def __call__(self, x):
             a, b = jnp.split(x, 2, axis=-1)
@@ -300,7 +307,7 @@ def _transformer(width: int = 64) -> Problem:
         def __init__(self, rngs):
             self.embed = nnx.Embed(symbols, width, rngs=rngs)
             self.position = nnx.Embed(CONTEXT, width, rngs=rngs)
-            self.layers = nnx.List([Layer(rngs) for _ in range(2)])
+            self.layers = _list_of([Layer(rngs) for _ in range(2)])
             self.norm = nnx.LayerNorm(width, rngs=rngs)
             self.output = nnx.Linear(width, symbols, rngs=rngs)
 
