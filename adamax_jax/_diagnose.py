@@ -95,7 +95,7 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       The fraction of the other coordinates with ``|m| < u/1000``: u remembers
       gradients far above the recent ones, and the coordinate nearly stands still. A
       spike k times the usual gradient is forgotten after
-      ``ln(k) / (1 - b2)`` steps. Set ``b2=0.98, max_growth=1.1``, with which
+      ``ln(k) / (1 - b2)`` steps. Set ``b2=0.99, max_growth=1.1``, with which
       a single spike holds nothing back. Under noise alone it is about 0.01. Where it is
       1, gradients have stopped altogether.
     ``decades``

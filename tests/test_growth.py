@@ -165,6 +165,18 @@ def test_a_narrow_u_follows_the_wide_one(u_dtype):
     assert 1 / STEP_OF_U[u_dtype] < ratio < STEP_OF_U[u_dtype]
 
 
+@U_DTYPES
+def test_float64_gradients_beside_a_narrower_u(x64, u_dtype):
+    optimizer = scale_by_adamax(max_growth=K, m_dtype="float64", u_dtype=u_dtype)
+    g = jnp.asarray([[1.0, 1e-3], [1e300, 1e-3], [1e300, 5e-4]])
+    updates, states = trajectory(optimizer, g)
+    u = np.asarray(moments_of(states)[1])
+    assert updates.dtype == jnp.float64
+    assert np.all(u[1:, 0] / u[:-1, 0] < 1.27)
+    assert np.all(u[1:, 0] / u[:-1, 0] > 1.05)
+    assert np.all(np.abs(updates) < 1.2)
+
+
 def test_a_shared_u_grows_by_the_factor():
     optimizer = scale_by_adamax(**DECAYS, max_growth=K, shared_axes=-1)
     g = jnp.ones([2, 4, 8]).at[1, 0, 3].set(1e3).at[1, 1, 0].set(1.06)

@@ -285,6 +285,10 @@ def test_memories_are_what_they_are_called():
     expected["AdaMax, b2 = 0.98, norm at most 1"] = 0.5 * 0.98**8
     # A hundredth of the norm of a column, sqrt(2), is what its gradient may have.
     expected["AdaMax, b2 = 0.98, adaptive clipping at 0.01"] = 0.01 * 0.98**8
+    expected["AdaMax, b2 = 0.99, growth 1.1, norm at most 1"] = 0.5 * 0.99**8
+    expected["AdaMax, b2 = 0.99, growth 1.1, adaptive clipping at 0.01"] = (
+        0.01 * 0.99**8
+    )
     adams = {name for name in study.CLIPPED if name.startswith("Adam,")}
     assert set(expected) | adams | set(study.ADAM) == set(study.GROUPS["memory"])
     for method, u in expected.items():

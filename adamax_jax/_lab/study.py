@@ -16,6 +16,7 @@ this is reported, whichever way it falls: the difference to Adam at b2 = 0.999, 
 best of Adam's b2 (by the mean of all seeds), and to AdaMax at b2 = 0.999. The methods
 are Adam and AdaMax at b2 = 0.95 to 0.999; AdaMax with a b2 that rises during the
 training; with a bounded growth; and, as controls, both with gradients that are clipped.
+The best two bounded growths were then trained in few bytes ("memory, narrow").
 """
 
 import argparse
@@ -154,6 +155,10 @@ CLIPPED: dict[str, Method] = {
     f"{name}, {how}": lambda rate, clip=clip, make=make: optax.chain(clip, make(rate))
     for name, make in (
         ("AdaMax, b2 = 0.98", functools.partial(adamax, b2=0.98)),
+        (
+            "AdaMax, b2 = 0.99, growth 1.1",
+            functools.partial(adamax, b2=0.99, max_growth=1.1),
+        ),
         ("Adam", optax.adam),
     )
     for how, clip in (
