@@ -21,7 +21,7 @@ from adamax_jax._checks import (
     check_state,
     check_storage,
 )
-from adamax_jax._complex import at_most, cast, dtype_like
+from adamax_jax._complex import at_most, cast, dtype_like, number
 from adamax_jax._descend import decayed_weights, descend
 from adamax_jax._leaves import dtypes_beside, update_leaves
 from adamax_jax._moments import (
@@ -120,19 +120,23 @@ def scale_by_adamax(
 
     **Bounded growth.** One gradient of k times the usual size holds a coordinate back
     for ``ln(k) / (1 - b2)`` steps, until u has forgotten it. With ``max_growth`` u
-    grows by at most this factor in one step. What exceeds it is cut off, before m and u
-    see it::
+    grows by at most this factor (and by ``eps``) in one step. What exceeds it is cut
+    off, before m and u see it::
 
       g_t = g_t * min(1, max_growth * u_{t-1} / |g_t|)   where u_{t-1} > 2 * eps
 
-    and the rest is AdaMax of these gradients, within the bound above. (A u that is no
-    larger has not seen a gradient yet, and takes any.) So u does not follow the maximum
-    of the gradients but a quantile: where a share s of them raises u by the factor and
-    the others lie below u, it stands still if ``s ln(max_growth) = -(1 - s) ln(b2)``.
-    At ``b2=0.99, max_growth=1.1`` this share is 10 %. An infinite gradient is cut off
-    as well (a complex one is not), NaN is not. Below 32 bits u grows to the next number
-    of its dtype at least, or it could not grow at all: in uint8 and float8_e5m2 by 14
-    to 25 %, in float8_e4m3fn by 7 to 13 %.
+    and the rest is AdaMax of these gradients, within the bound above. A u that is no
+    larger than that, or at the smallest number of its dtype, takes any gradient: it has
+    not seen one yet, or not for so long that u has decayed. An infinite gradient is cut
+    off as well, unless it is the first or complex; NaN is not. So u does not follow the
+    maximum of the gradients but a quantile: where a share s of them raises u by the
+    factor and the others lie below u, it stands still if
+    ``s ln(max_growth) = -(1 - s) ln(b2)``. At ``b2=0.99, max_growth=1.1`` this share is
+    10 %. Where fewer gradients than that differ from 0, as of rare words, u decays, and
+    steps tell little more than the sign. Below 32 bits u grows to the next number of
+    its dtype at least, or it could not grow at all, and is rounded then: at
+    ``b2=0.99``, for factors up to 1.1, by 13 to 25 % in uint8 and float8_e5m2 and by 5
+    to 13 % in float8_e4m3fn. So a uint8 u follows a higher quantile (about 5 %).
 
     **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
     without drift: each stored number is the exact one rounded once, at any age, and the
@@ -157,8 +161,8 @@ def scale_by_adamax(
       u_t = max(b2 * u_{t-1}, max over j in S of |g_{t,j}| + eps)
 
     and being a maximum of maxima, it is the largest of the slice's element-wise u, to
-    the bit (with ``max_growth`` it is not). So, but for the rounding of m, no step is
-    longer than the element-wise one, and the bound above holds. It keeps size 1 along
+    the bit, and but for the rounding of m no step is longer than the element-wise one
+    (both without ``max_growth``). The bound above holds. It keeps size 1 along
     these axes, and where it is left, 4 bytes for each row of a matrix are little: with
     m in int8 the state has one byte per parameter. (float8 is too coarse there for the
     means of coordinates far below the slice's largest.) Which axes are shared, the
@@ -190,8 +194,8 @@ def scale_by_adamax(
         ``u_t = max(b2 * u_{t-1}, |g_t|)``, as in Keras, TensorFlow and MLX. True by
         default, since this takes the place of ``optax.scale_by_adamax``; False in
         :func:`scale_by_lp_adam`, which takes that of ``optax.scale_by_adam``.
-      max_growth: The largest factor by which u grows in one step, above 1; None for no
-        bound, as in the paper and in Optax.
+      max_growth: The largest factor by which u grows in one step, above 1 (also as
+        float32 rounds it); None for no bound, as in the paper and in Optax.
       m_dtype: What m is stored in: None for the parameter's own dtype, "float32",
         "bfloat16", "float64" or, as its ratio to u, "float16" and in one byte "int8",
         "float8_e4m3fn" or "float8_e5m2" (one byte needs ``b1 < b2``, which is not
@@ -506,7 +510,9 @@ def _within_growth(g, u, stored_u, c):
     In few bits by one step of what is stored at least, or u could not grow at all. A u
     that has seen no gradient so far takes any.
     """
-    limit = c.max_growth * u
+    # Finite, so that an infinity is cut off too.
+    largest = number(float(jnp.finfo(u.dtype).max), u.dtype)
+    limit = jnp.minimum(c.max_growth * u, largest)
     if not is_wide(stored_u.dtype):
         larger = next_larger(stored_u, c.u_scale).astype(u.dtype)
         limit = jnp.maximum(limit, larger)

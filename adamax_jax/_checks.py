@@ -52,8 +52,13 @@ def check_growth(name: str, value: Any) -> Any:
     if value is None:
         return None
     _check_precision(name, value)
+
+    def is_growth(x):
+        with np.errstate(over="ignore"):
+            return 1 < np.float32(x) < math.inf
+
     return _check_scalar(
-        name, value, "None, or above 1 and finite", lambda x: 1 < x < math.inf
+        name, value, "None, or above 1 and finite in float32", is_growth
     )
 
 

@@ -203,6 +203,33 @@ def test_infinities_are_cut_off_and_nan_is_not():
     assert np.all(np.isnan(updates[1:, 2]))
 
 
+@pytest.mark.parametrize("u_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("k", "first"), [(1.1, 3.2e38), (100.0, 1e37), (1e30, 1e9)])
+def test_an_infinity_is_cut_off_where_the_product_overflows(k, first, u_dtype):
+    optimizer = scale_by_adamax(max_growth=k, m_dtype="float32", u_dtype=u_dtype)
+    updates, states = trajectory(optimizer, jnp.asarray([[first], [jnp.inf], [1.0]]))
+    assert np.all(np.isfinite(updates))
+    assert np.all(np.isfinite(moments_of(states)[1]))
+
+
+@pytest.mark.parametrize("eps_inside", [True, False])
+@pytest.mark.parametrize("u_dtype", ["float32", "uint8"])
+def test_after_a_long_pause_any_gradient_is_taken(u_dtype, eps_inside):
+    """When u has decayed to twice eps; before, it grows from where it is."""
+    optimizer = scale_by_adamax(
+        b2=0.98, max_growth=K, m_dtype="float32", u_dtype=u_dtype, eps_inside=eps_inside
+    )
+    for pause, is_forgotten in ((700, False), (950, True)):
+        g = jnp.zeros([pause + 2, 1]).at[0].set(1).at[-1].set(1e3)
+        updates, states = trajectory(optimizer, g)
+        u = np.asarray(moments_of(states)[1])[:, 0]
+        assert np.all(np.abs(updates) < 1.3)
+        assert (u[-2] <= 2.2e-8) == is_forgotten
+        assert (u[-1] > 900) == is_forgotten
+        if not is_forgotten:
+            assert 1.1 < u[-1] / u[-2] < 1.27
+
+
 def test_none_leaves_a_leaf_as_it_is():
     optimizer = scale_by_adamax(max_growth=K)
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
@@ -256,7 +283,9 @@ def test_derivatives_are_those_of_finite_differences(x64, wrt):
     )
 
 
-@pytest.mark.parametrize("value", [1, 0.5, -2.0, 0, np.inf, np.nan, np.float32(1)])
+@pytest.mark.parametrize(
+    "value", [1, 0.5, -2.0, 0, np.inf, np.nan, np.float32(1), 1 + 1e-9, 1e39]
+)
 def test_numbers_that_are_no_growth_are_refused(value):
     for make in (scale_by_adamax, adamax, adamaxw):
         with pytest.raises(ValueError, match=r"max_growth must be .* got"):
