@@ -111,8 +111,9 @@ HALF: dict[str, Method] = {
 }
 # How long u remembers. Adam may choose among the same memories.
 MEMORIES = (0.95, 0.98, 0.99, 0.995)
-ADAM: dict[str, Method] = {"Adam": optax.adam} | {
-    f"Adam, b2 = {b2}": functools.partial(optax.adam, b2=b2) for b2 in MEMORIES
+ADAM: dict[str, Method] = {
+    "Adam": optax.adam,
+    **{f"Adam, b2 = {b2}": functools.partial(optax.adam, b2=b2) for b2 in MEMORIES},
 }
 MEMORY: dict[str, Method] = {
     f"AdaMax, b2 = {b2}": functools.partial(adamax, b2=b2) for b2 in MEMORIES
