@@ -173,8 +173,9 @@ def scale_by_adamax(
     part, and Flax's partitioning metadata, which u inherits, cannot be met by its size
     of 1: divide along other axes there.
 
-    **Not-a-number and infinity** are carried by the update in every storage, and kept
-    by the state, so that the coordinate stays NaN (or infinite); only a uint8 u becomes
+    **Not-a-number and infinity** (what ``max_growth`` does not cut off of it) are
+    carried by the update in every storage, and kept by the state, so that the
+    coordinate stays NaN (or infinite); only a uint8 u becomes
     its largest number. A shared u hands that on to its whole slice (a NaN not always
     across devices, whose exchange may drop it): beside an infinite one, or the largest
     of uint8, the other coordinates do not move. (float8_e4m3fn has no infinity, but

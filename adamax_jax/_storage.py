@@ -328,7 +328,7 @@ def _narrowed(x, dtype):
 def _nearest(x, dtype):
     """The nearest number of a float dtype, as float32; below its normal numbers, x.
 
-    A cast does that as well, but XLA:CPU casted to float8 by way of float16 before JAX
+    A cast does that as well, but XLA:CPU cast to float8 by way of float16 before JAX
     0.10.2, and so rounded twice. (Smaller numbers it would take for normal ones.)
     """
     info = jnp.finfo(dtype)
