@@ -12,8 +12,10 @@ from versions import enable_x64
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same examples in every run; no deadline, as a first call compiles.
-hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+# The same examples in every run, or many others; no deadline, as a first call compiles.
+profile = hypothesis.settings.register_profile
+profile("suite", deadline=None, derandomize=True, max_examples=25)
+profile("fuzz", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile("suite")
 
 

@@ -1,0 +1,433 @@
+"""Random trees, storages, hyperparameters and gradients, held to the paper.
+
+The suite draws a few cases for each property, the same in every run.
+``python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz`` draws a thousand for
+each, others every time.
+"""
+
+import dataclasses
+import pickle
+from typing import Any, NamedTuple
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import reference
+from hypothesis import assume, given
+from versions import enable_x64
+
+from adamax_jax import convert_state, moments, scale_by_adamax
+
+STEPS = 4
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Checked:
+    """Looks at what is put into it."""
+
+    inside: Any
+
+    def __post_init__(self):
+        assert all(hasattr(x, "shape") for x in jax.tree.leaves(self.inside))
+
+
+@jax.tree_util.register_pytree_node_class
+class Module:
+    """Can be called, as the modules of Equinox can."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, x):
+        return self.weight * x
+
+    def tree_flatten(self):
+        return (self.weight,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+CONTAINERS = (
+    lambda a, b: {"a": a, "b": b},
+    lambda a, b: [a, (b,)],
+    lambda a, b: Pair(a, {"b": b, "none": None}),
+    lambda a, b: {"a": a, "masked": optax.MaskedNode(), "c": [b, None]},
+    lambda a, b: {"checked": Checked(a), "b": (b, ())},
+    lambda a, b: Module(Checked([Module(a), b])),
+)
+SHAPES = ((), (3,), (2, 3), (0,), (2, 1, 2))
+
+
+@dataclasses.dataclass
+class Storage:
+    """What m and u are stored in, and what that rounds in one step at most."""
+
+    dtypes: dict[str, str]
+    m: float  # of its ratio to u
+    u: float  # relative to u
+    largest: float = 1e15
+    smallest: float = 1e-15
+
+    @property
+    def is_wide(self):
+        return max(self.m, self.u) < 1e-5
+
+
+def storage(m_dtype, u_dtype):
+    m = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10, "int8": 1 / 16}
+    u = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-11, "uint8": 1 / 8}
+    ends = {"uint8": (1e9, 1e-8), "float16": (1e4, 1e-3)}.get(u_dtype, (1e15, 1e-15))
+    dtypes = {"m_dtype": m_dtype, "u_dtype": u_dtype}
+    return Storage(dtypes, m.get(m_dtype, 1 / 8), u[u_dtype], *ends)
+
+
+WIDE = storage("float32", "float32")
+STORAGES = (
+    WIDE,
+    storage("float32", "uint8"),
+    storage("bfloat16", "bfloat16"),
+    storage("float16", "uint8"),
+    storage("float16", "float16"),
+    storage("int8", "uint8"),
+    storage("int8", "float32"),
+    storage("float8_e4m3fn", "bfloat16"),
+)
+COMPLEX = (
+    Storage({}, 1e-6, 1e-6),
+    Storage({"u_dtype": "bfloat16"}, 1e-6, 2**-8),
+    Storage({"u_dtype": "uint8"}, 1e-6, 1 / 8, 1e9, 1e-8),
+)
+
+
+@dataclasses.dataclass
+class Case:
+    params: Any
+    gradients: list[Any]
+    storage: Storage
+    options: dict[str, Any]
+
+    @property
+    def optimizer(self):
+        return scale_by_adamax(**self.options, **self.storage.dtypes)
+
+    def __repr__(self):
+        """What is needed to see it; the numbers are drawn from a seed."""
+        shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", self.params)
+        return f"Case({shapes}, {self.storage.dtypes}, {self.options})"
+
+
+@st.composite
+def cases(draw, specials=False, has_reference=False):
+    """A tree of parameters, gradients for some steps, and an optimizer's options."""
+    dtype = draw(st.sampled_from(["float32", "float32", "bfloat16", "complex64"]))
+    is_complex = dtype == "complex64"
+    container = draw(st.sampled_from(CONTAINERS))
+    shapes = draw(st.tuples(st.sampled_from(SHAPES), st.sampled_from(SHAPES)))
+    stored = draw(st.sampled_from(COMPLEX if is_complex else STORAGES))
+    b1, b2 = draw(st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.98)]))
+    options = {
+        "b1": b1,
+        "b2": b2,
+        "eps": draw(st.sampled_from([1e-8, 0.0, 1e-3])),
+        "nesterov": draw(st.booleans()),
+        "eps_inside": draw(st.booleans()),
+        "shared_axes": draw(st.sampled_from([None, None, -1, 0])),
+    }
+    # A narrow u grows by one of its numbers at least, and a shared one as a whole.
+    is_plain = stored.is_wide and options["shared_axes"] is None
+    if is_plain or not has_reference:
+        options["max_growth"] = draw(st.sampled_from([None, 1.25, 3.0]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    decades = draw(st.sampled_from([1, 6, 30]))
+
+    def numbers(shape):
+        size = 10.0 ** rng.uniform(-decades / 2, decades / 2, shape)
+        size = np.clip(size, stored.smallest, stored.largest)
+        x = np.where(rng.random(shape) < 0.15, 0, rng.choice([-1, 1], shape) * size)
+        if specials:
+            special = rng.choice([np.nan, np.inf, -np.inf, 1e-42, -3e38], shape)
+            x = np.where(rng.random(shape) < 0.1, special, x)
+        return x
+
+    def gradient(shape):
+        if not is_complex:
+            return np.float32(numbers(shape))
+        parts = np.stack([numbers(shape), numbers(shape)], axis=-1)
+        return parts.astype(np.float32).view(np.complex64)[..., 0]
+
+    params = container(*(jnp.ones(shape, dtype) for shape in shapes))
+    g_dtype = None
+    if not is_complex:
+        g_dtype = draw(st.sampled_from(["float32", dtype, "bfloat16"]))
+    gradients = [
+        container(*(jnp.asarray(gradient(shape), g_dtype) for shape in shapes))
+        for _ in range(STEPS)
+    ]
+    return Case(params, gradients, stored, options)
+
+
+def in_float64(x):
+    x = np.asarray(x)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def arrays(tree):
+    return jax.tree.leaves(tree)
+
+
+def leaves(tree):
+    return [in_float64(x) for x in jax.tree.leaves(tree)]
+
+
+def steps(update, state, gradients):
+    """The updates and the states after each step."""
+    for g in gradients:
+        updates, state = update(g, state)
+        yield updates, state
+
+
+def references(case):
+    """The exact steps of each leaf; a shared u is the largest of its slice."""
+    options = {k: v for k, v in case.options.items() if k != "shared_axes"}
+    axis = case.options["shared_axes"]
+    for sequence in zip(*map(leaves, case.gradients), strict=True):
+        run = list(reference.adamax(sequence, **options))
+        if axis is not None and sequence[0].ndim > 1:
+            largest = [np.max(e.u, axis, keepdims=True, initial=0) for e in run]
+            run = [
+                e._replace(u=np.broadcast_to(u, e.u.shape))
+                for e, u in zip(run, largest, strict=True)
+            ]
+        yield run
+
+
+# A float32 computation of some operations, beside the same in float64.
+ARITHMETIC = 2e-6
+
+
+@given(cases(has_reference=True))
+def test_every_step_is_the_papers(case):
+    """u is the exact one rounded once, m is off by the roundings so far, and the step
+    is the paper's formula of both as they are stored."""
+    stored, ratio = case.storage, case.options["b1"] / case.options["b2"]
+    exact = zip(*references(case), strict=True)
+    run = steps(case.optimizer.update, case.optimizer.init(case.params), case.gradients)
+    for t, ((updates, state), g, exact_t) in enumerate(
+        zip(run, case.gradients, exact, strict=True), 1
+    ):
+        assert int(state.count) == t
+        tolerance = ARITHMETIC + float(
+            max(jnp.finfo(x.dtype).eps for x in arrays(updates))
+        )
+        m_and_u = map(leaves, moments(state))
+        for step, m, u, g_t, e in zip(
+            leaves(updates), *m_and_u, leaves(g), exact_t, strict=True
+        ):
+            u = np.broadcast_to(u, m.shape)
+            np.testing.assert_allclose(u, e.u, rtol=stored.u + ARITHMETIC)
+            roundings = stored.m * (1 - ratio**t) / (1 - ratio) + ARITHMETIC
+            assert np.all(np.abs(m - e.m) <= roundings * np.maximum(u, e.u))
+            if not stored.is_wide:
+                by_hand = step_from(m, u, g_t, t, **case.options)
+            else:
+                by_hand = e.update
+            np.testing.assert_allclose(step, by_hand, rtol=tolerance, atol=tolerance)
+
+
+def step_from(m, u, g, t, *, b1, eps, nesterov, eps_inside, **_):
+    m_hat = m / (1 - b1**t)
+    if nesterov:
+        m_hat = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+    bottom = u if eps_inside else u + eps
+    # 0/0 is 0.
+    return np.divide(m_hat, bottom, out=np.zeros_like(m_hat), where=bottom > 0)
+
+
+def assert_equal(actual, expected):
+    """To the bit; any NaN is any other."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(arrays(actual), arrays(expected), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        np.testing.assert_array_equal(in_float64(x), in_float64(y))
+
+
+def assert_close(case, actual, expected):
+    """As close as compilers leave it, which fuse a product and a sum as they like.
+
+    So a number may be rounded the other way, up to the number beside it.
+    """
+    (updates, state), (other_updates, other_state) = actual, expected
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert [x.dtype for x in arrays(actual)] == [x.dtype for x in arrays(expected)]
+    growth = 1 if case.options.get("max_growth") is None else 2
+    of_u = growth * case.storage.u + ARITHMETIC
+    of_m = STEPS * (case.storage.m + ARITHMETIC) + of_u
+    for m, u, other_m, other_u in zip(
+        *map(leaves, moments(state)), *map(leaves, moments(other_state)), strict=True
+    ):
+        np.testing.assert_allclose(u, other_u, rtol=of_u)
+        unit = np.where((u > 0) & np.isfinite(u), u, 1)
+        for x, y in zip(parts(m), parts(other_m), strict=True):
+            np.testing.assert_allclose(x / unit, y / unit, atol=of_m)
+    for step, other_step in zip(leaves(updates), leaves(other_updates), strict=True):
+        for x, y in zip(parts(step), parts(other_step), strict=True):
+            np.testing.assert_allclose(x, y, rtol=of_m, atol=of_m)
+
+
+def parts(x):
+    """An undefined part says nothing of the other one."""
+    return (x.real, x.imag) if np.iscomplexobj(x) else (x,)
+
+
+def last_of(run):
+    *_, last = run
+    return last
+
+
+def plainly(case):
+    """The last update and state of a loop that is not compiled."""
+    optimizer = case.optimizer
+    state = optimizer.init(case.params)
+    return last_of(steps(optimizer.update, state, case.gradients))
+
+
+def stacked(trees):
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def in_a_scan(optimizer, params, gradients):
+    """The last update and state."""
+
+    def step(state, g):
+        updates, state = optimizer.update(g, state)
+        return state, updates
+
+    state, updates = jax.lax.scan(step, optimizer.init(params), stacked(gradients))
+    return jax.tree.map(lambda x: x[-1], updates), state
+
+
+@given(cases(specials=True))
+def test_a_compiled_scan_is_the_loop(case):
+    scan = jax.jit(lambda *args: in_a_scan(case.optimizer, *args))
+    assert_close(case, scan(case.params, case.gradients), plainly(case))
+
+
+@given(cases(specials=True), st.booleans())
+def test_vmap_is_a_loop(case, is_compiled):
+    """Over runs whose gradients come in another order each."""
+    orders = [case.gradients, case.gradients[::-1]]
+    batch = jax.vmap(case.optimizer.update)
+    state = jax.vmap(case.optimizer.init)(stacked([case.params, case.params]))
+    update = jax.jit(batch) if is_compiled else batch
+    last = last_of(steps(update, state, map(stacked, zip(*orders, strict=True))))
+    for i, order in enumerate(orders):
+        one = jax.tree.map(lambda x, i=i: x[i], last)
+        alone = plainly(dataclasses.replace(case, gradients=order))
+        assert_close(case, one, alone)
+
+
+@given(cases(specials=True), st.integers(1, STEPS - 1))
+def test_a_resumed_run_is_the_uninterrupted_one(case, at):
+    """Pickled and put together again, to the bit."""
+    update = case.optimizer.update
+    first, rest = case.gradients[:at], case.gradients[at:]
+    _, state = last_of(steps(update, case.optimizer.init(case.params), first))
+    structure = jax.tree.structure(state)
+    saved = pickle.dumps([np.asarray(x) for x in arrays(state)])
+    state = jax.tree.unflatten(structure, map(jnp.asarray, pickle.loads(saved)))
+    assert_equal(last_of(steps(update, state, rest)), plainly(case))
+
+
+WRAPPERS = {
+    "chain": optax.chain,
+    "masked": lambda optimizer: optax.masked(optimizer, True),
+    "partition": lambda optimizer: optax.partition({"all": optimizer}, "all"),
+    "apply_if_finite": lambda optimizer: optax.apply_if_finite(optimizer, 3),
+    "with_extra_args": optax.with_extra_args_support,
+    "MultiSteps": lambda optimizer: optax.MultiSteps(
+        optimizer, 1
+    ).gradient_transformation(),
+}
+
+
+@given(cases(), st.sampled_from(sorted(WRAPPERS)))
+def test_wrappers_change_nothing(case, name):
+    """Operation by operation, so that nothing is fused: to the bit."""
+    # It casts to real dtypes.
+    assume(name != "MultiSteps" or not any(map(jnp.iscomplexobj, arrays(case.params))))
+    wrapped = WRAPPERS[name](case.optimizer)
+    standard = jax.numpy_dtype_promotion("standard")
+    gradients = case.gradients[:2]
+    with jax.disable_jit(), standard:
+        expected = steps(
+            case.optimizer.update, case.optimizer.init(case.params), gradients
+        )
+        actual = steps(wrapped.update, wrapped.init(case.params), gradients)
+        for (updates, _), (other, _) in zip(actual, expected, strict=True):
+            assert_equal(updates, other)
+
+
+@given(cases(), st.booleans())
+def test_traced_hyperparameters_are_the_numbers(case, in_64_bits):
+    """Handed to a compiled function, in either precision."""
+    traced = {k: v for k, v in case.options.items() if type(v) is float}
+    static = {k: v for k, v in case.options.items() if k not in traced}
+    static |= case.storage.dtypes
+
+    @jax.jit
+    def run(traced):
+        optimizer = scale_by_adamax(**static, **traced)
+        return in_a_scan(optimizer, case.params, case.gradients)
+
+    with enable_x64(in_64_bits):
+        dtype = jnp.float64 if in_64_bits else jnp.float32
+        actual = run({k: jnp.asarray(v, dtype) for k, v in traced.items()})
+    assert_close(case, actual, plainly(case))
+
+
+@given(cases(specials=True))
+def test_a_bad_gradient_harms_its_own_u_alone(case):
+    """All else is as with a zero in its place; what it harms is not hidden."""
+    clean = [
+        jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), gradient)
+        for gradient in case.gradients
+    ]
+    updates, state = plainly(case)
+    other, _ = plainly(dataclasses.replace(case, gradients=clean))
+    for x, y, u, *sequence in zip(
+        *map(leaves, [updates, other]),
+        arrays(state.u),
+        *map(leaves, case.gradients),
+        strict=True,
+    ):
+        assert np.all(np.isnan(x)[np.any(np.isnan(sequence), axis=0)])
+        bad = ~np.all(np.isfinite(sequence), axis=0)
+        axes = tuple(i for i in range(bad.ndim) if u.shape[i] != bad.shape[i])
+        harmed = np.broadcast_to(np.any(bad, axes, keepdims=True), bad.shape)
+        np.testing.assert_array_equal(x[~harmed], y[~harmed])
+
+
+@given(cases(), st.sampled_from(STORAGES))
+def test_a_conversion_keeps_what_both_storages_hold(case, to):
+    if any(jnp.iscomplexobj(p) for p in arrays(case.params)):
+        to = COMPLEX[0]
+    _, state = plainly(case)
+    converted = convert_state(state, **to.dtypes)
+    assert int(converted.count) == STEPS
+    for m, u, new_m, new_u in zip(
+        *map(leaves, moments(state)), *map(leaves, moments(converted)), strict=True
+    ):
+        inside = (u <= to.largest) & ((u >= to.smallest) | (u == 0))
+        np.testing.assert_allclose(new_u[inside], u[inside], rtol=to.u + ARITHMETIC)
+        room = (to.m + ARITHMETIC) * np.maximum(u, new_u)
+        assert np.all((np.abs(m - new_m) <= room) | ~inside)
