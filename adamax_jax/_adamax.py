@@ -151,9 +151,11 @@ def scale_by_adamax(
     float16, 1.10 in int8, 1.13 in float8_e4m3fn and 1.25 in float8_e5m2; what rounding
     may take off a uint8 u adds a factor of 1.14 (in float8_e5m2 of 1.18). (Compilers of
     GPUs and TPUs may take back the rounding of m and u in a step, but not in the
-    state.) Derivatives of a step are those before that rounding, but none pass through
-    numbers that were stored in one byte. A state that was cast is not what it was, and
-    is refused where that can be seen: :func:`convert_state` stores it in other dtypes.
+    state.) Derivatives of a step are those before that rounding. Through the state
+    they pass where it is stored in floats; int8 and uint8 are constants there, so
+    differentiate through several steps with floats alone. A state that was cast is not
+    what it was, and is refused where that can be seen: :func:`convert_state` stores it
+    in other dtypes.
 
     **Sharing u.** With ``shared_axes`` one u stands for each slice S of a parameter
     along these axes, ::
@@ -269,7 +271,7 @@ def scale_by_adamax(
     rule = Rule(nesterov, eps_inside, is_positive=is_surely_positive(eps))
 
     def init_fn(params):
-        check_params(params, m_dtype)
+        check_params(params, m_dtype, u_dtype)
         for p in jax.tree.leaves(params):
             check_ratio(b1, b2, _m_dtype(p, m_dtype))
         check_rounding({"b1": b1, "b2": b2}, params, m_dtype, u_dtype)

@@ -18,6 +18,7 @@ from adamax_jax._complex import dtype_like
 from adamax_jax._paths import is_inside, name_of
 from adamax_jax._shared import shape_of_shared
 from adamax_jax._storage import (
+    FLOATS,
     arithmetic_dtype,
     is_bounded_ratio,
     is_ratio,
@@ -150,17 +151,30 @@ def _check_scalar(name, value, allowed, is_allowed):
     return value
 
 
-def check_params(params: Any, m_dtype: Any) -> None:
-    """Refuses parameter leaves that have no moving average, or not in m_dtype."""
+def check_params(params: Any, m_dtype: Any, u_dtype: Any) -> None:
+    """Refuses parameter leaves that have no moving average, or not in these dtypes."""
     for path, leaf in jax.tree.leaves_with_path(params):
         check_array(path, leaf)
         dtype = jnp.result_type(leaf)
+        where = f"The parameter at {name_of(path)} has dtype {dtype}"
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"The parameter at {name_of(path)} has dtype {dtype}; the optimizer "
-                "needs floating-point or complex parameters. Leave it out with "
-                "optax.masked."
+                f"{where}; the optimizer needs floating-point or complex parameters. "
+                "Give init and update those alone (with Equinox: "
+                "eqx.filter(model, eqx.is_inexact_array))."
             )
+        if float(jnp.finfo(dtype).min) >= 0:
+            raise TypeError(
+                f"{where}, which has no negative numbers. Keep it in bfloat16, say, "
+                "and cast it where the model uses it."
+            )
+        for name, stored in (("m", m_dtype), ("u", u_dtype)):
+            if stored is None and jnp.finfo(dtype).dtype.name not in FLOATS:
+                raise TypeError(
+                    f"{where}, in which {name} cannot be stored: it can in "
+                    f"{', '.join(FLOATS)}. Keep the parameter in one of these, or "
+                    f"give {name}_dtype where the optimizer has one."
+                )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             check_complex(path, dtype, m_dtype)
 
@@ -325,8 +339,9 @@ def check_complex(path: Any, dtype: Any, m_dtype: Any) -> None:
     if m_dtype not in _COMPLEX_PARTS:
         raise TypeError(
             f"The parameter at {name_of(path)} has dtype {dtype}, whose m cannot be "
-            f"stored in {m_dtype.name}: use None, float32 or float64, or leave it "
-            "to another optimizer with optax.partition."
+            f"stored in {m_dtype.name}: use None, float32 or float64, or wrap the "
+            "optimizer in optax.contrib.split_real_and_imaginary, for which the real "
+            "and the imaginary part are two parameters."
         )
 
 

@@ -184,7 +184,7 @@ def scale_by_lp_adam(
     rule = Rule(nesterov, eps_inside, is_positive=is_floor and is_surely_positive(eps))
 
     def init_fn(params):
-        check_params(params, None)
+        check_params(params, m_dtype=None, u_dtype=jnp.float32)
         check_rounding({"b1": b1, "b2": b2}, params)
         return ScaleByLpAdamState(
             count=jnp.zeros([], jnp.int32),

@@ -32,7 +32,7 @@ from jax.typing import ArrayLike
 from adamax_jax._complex import by_parts, number, within
 from adamax_jax._quotient import quotient
 
-_FLOATS = (
+FLOATS = (
     "float64",
     "float32",
     "bfloat16",
@@ -40,8 +40,8 @@ _FLOATS = (
     "float8_e4m3fn",
     "float8_e5m2",
 )
-M_DTYPES = (*_FLOATS, "int8")
-U_DTYPES = (*_FLOATS, "uint8")
+M_DTYPES = (*FLOATS, "int8")
+U_DTYPES = (*FLOATS, "uint8")
 
 # uint8: the leading bits of a float32, 4 codes per octave and linear in between. Code 1
 # is 2^-32, code 255 is 1.5 * 2^31; code 0 is 0.

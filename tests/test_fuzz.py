@@ -36,7 +36,9 @@ class Checked:
     inside: Any
 
     def __post_init__(self):
-        assert all(hasattr(x, "shape") for x in jax.tree.leaves(self.inside))
+        leaves = jax.tree.leaves(self.inside)
+        # jax.vmap itself puts bare objects into containers, in JAX 0.6.
+        assert all(hasattr(x, "shape") or type(x) is object for x in leaves)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -122,8 +124,9 @@ class Case:
 
     def __repr__(self):
         """What is needed to see it; the numbers are drawn from a seed."""
-        shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", self.params)
-        return f"Case({shapes}, {self.storage.dtypes}, {self.options})"
+        shapes = [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(self.params)]
+        structure = jax.tree.structure(self.params)
+        return f"Case({structure}, {shapes}, {self.storage.dtypes}, {self.options})"
 
 
 @st.composite
@@ -234,13 +237,13 @@ def test_every_step_is_the_papers(case):
             leaves(updates), *m_and_u, leaves(g), exact_t, strict=True
         ):
             u = np.broadcast_to(u, m.shape)
-            np.testing.assert_allclose(u, e.u, rtol=stored.u + ARITHMETIC)
+            held = (e.u == 0) | (e.u >= stored.smallest / 16)
+            np.testing.assert_allclose(u[held], e.u[held], rtol=stored.u + ARITHMETIC)
+            assert np.all(u[~held] < stored.smallest)
             roundings = stored.m * (1 - ratio**t) / (1 - ratio) + ARITHMETIC
             assert np.all(np.abs(m - e.m) <= roundings * np.maximum(u, e.u))
-            if not stored.is_wide:
-                by_hand = step_from(m, u, g_t, t, **case.options)
-            else:
-                by_hand = e.update
+            is_plain = stored.is_wide and case.options["shared_axes"] is None
+            by_hand = e.update if is_plain else step_from(m, u, g_t, t, **case.options)
             np.testing.assert_allclose(step, by_hand, rtol=tolerance, atol=tolerance)
 
 
@@ -278,7 +281,7 @@ def assert_close(case, actual, expected):
         np.testing.assert_allclose(u, other_u, rtol=of_u)
         unit = np.where((u > 0) & np.isfinite(u), u, 1)
         for x, y in zip(parts(m), parts(other_m), strict=True):
-            np.testing.assert_allclose(x / unit, y / unit, atol=of_m)
+            np.testing.assert_allclose(x / unit, y / unit, rtol=of_m, atol=of_m)
     for step, other_step in zip(leaves(updates), leaves(other_updates), strict=True):
         for x, y in zip(parts(step), parts(other_step), strict=True):
             np.testing.assert_allclose(x, y, rtol=of_m, atol=of_m)
