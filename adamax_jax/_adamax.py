@@ -23,7 +23,12 @@ from adamax_jax._checks import (
 )
 from adamax_jax._complex import at_most, cast, dtype_like, number
 from adamax_jax._descend import decayed_weights, descend
-from adamax_jax._leaves import dtypes_beside, update_leaves
+from adamax_jax._leaves import (
+    dtypes_beside,
+    is_trained,
+    update_leaves,
+    zeros_beside,
+)
 from adamax_jax._moments import (
     Coefficients,
     Rule,
@@ -116,7 +121,9 @@ def scale_by_adamax(
     either updates or zeros like the gradients then need gradients in the parameters'
     dtype: cast them before.) Complex gradients count by their modulus. A gradient of
     ``None`` leaves that part of the state as it is, or counts as zero where u is stored
-    below 32 bits, since that decays with all the others.
+    below 32 bits, since that decays with all the others. Integers, booleans and keys
+    among the parameters have no gradients: they may be there, the state is None for
+    them, and so must be their gradients.
 
     **Bounded growth.** One gradient of k times the usual size holds a coordinate back
     for ``ln(k) / (1 - b2)`` steps, until u has forgotten it. With ``max_growth`` u
@@ -239,10 +246,11 @@ def scale_by_adamax(
         in tree structure or shape.
       TypeError: If a hyperparameter is not a number or a scalar array of at least 32
         bits, ``m_dtype`` or ``u_dtype`` is not a dtype, or ``shared_axes`` are not
-        integers; by ``init``, if a parameter is not floating-point or complex; by
-        ``update``, if a gradient is not, if it is complex where the parameter is real
-        or the other way round, or if the state is of another type or in other dtypes
-        than this optimizer's.
+        integers; by ``init``, if a parameter is not an array, or of a dtype in which m
+        or u cannot be stored; by ``update``, if a gradient is neither floating-point
+        nor complex, if it is complex where the parameter is real or the other way
+        round, or if the state is of another type or in other dtypes than this
+        optimizer's.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -272,15 +280,15 @@ def scale_by_adamax(
 
     def init_fn(params):
         check_params(params, m_dtype, u_dtype)
-        for p in jax.tree.leaves(params):
+        for p in filter(is_trained, jax.tree.leaves(params)):
             check_ratio(b1, b2, _m_dtype(p, m_dtype))
         check_rounding({"b1": b1, "b2": b2}, params, m_dtype, u_dtype)
         return ScaleByAdamaxState(
             count=jnp.zeros([], jnp.int32),
-            m=jax.tree.map(
-                lambda p: jnp.zeros_like(p, dtype=_m_dtype(p, m_dtype)), params
+            m=zeros_beside(
+                lambda _, p: jnp.zeros_like(p, dtype=_m_dtype(p, m_dtype)), params
             ),
-            u=jax.tree_util.tree_map_with_path(
+            u=zeros_beside(
                 lambda path, p: zeros_shared(
                     path, p, _u_dtype(p, u_dtype), shared_axes
                 ),

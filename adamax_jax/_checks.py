@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adamax_jax._complex import dtype_like
+from adamax_jax._leaves import is_trained
 from adamax_jax._paths import is_inside, name_of
 from adamax_jax._shared import shape_of_shared
 from adamax_jax._storage import (
@@ -157,12 +158,8 @@ def check_params(params: Any, m_dtype: Any, u_dtype: Any) -> None:
         check_array(path, leaf)
         dtype = jnp.result_type(leaf)
         where = f"The parameter at {name_of(path)} has dtype {dtype}"
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(
-                f"{where}; the optimizer needs floating-point or complex parameters. "
-                "Give init and update those alone (with Equinox: "
-                "eqx.filter(model, eqx.is_inexact_array))."
-            )
+        if not is_trained(leaf):
+            continue
         if float(jnp.finfo(dtype).min) >= 0:
             raise TypeError(
                 f"{where}, which has no negative numbers. Keep it in bfloat16, say, "
@@ -201,7 +198,7 @@ def check_rounding(
     """Refuses decay rates that are 1 in the precision of some parameter."""
     arithmetic = {
         arithmetic_dtype(jnp.result_type(p), *filter(None, (m_dtype, u_dtype)))
-        for p in jax.tree.leaves(params)
+        for p in filter(is_trained, jax.tree.leaves(params))
     }
     if u_dtype is not None and not is_wide(u_dtype):
         # A narrow u decays by its scale, which is a float32.
@@ -413,8 +410,8 @@ def _kind(leaf):
 def _leaf_problem(g, moment):
     if not hasattr(moment, "shape"):
         return ValueError, (
-            f"shape {jnp.shape(g)}, but the optimizer state has {moment!r} there. "
-            "Was init called with other parameters?"
+            f"shape {jnp.shape(g)}, but the optimizer state has {moment!r} there: at "
+            "init, the parameter was no array of floating-point or complex numbers."
         )
     if jnp.shape(g) != moment.shape:
         return ValueError, (

@@ -11,6 +11,7 @@ import optax
 
 from adamax_jax._adamax import ScaleByAdamaxState
 from adamax_jax._complex import cast
+from adamax_jax._leaves import is_trained
 from adamax_jax._paths import name_of
 from adamax_jax._shared import reshare
 from adamax_jax._state import map_states, read_moments
@@ -181,7 +182,10 @@ def _stored(m, u):
 
 
 def _from_scale_by_adam(state):
-    m, u = _stored(state.mu, jax.tree.map(jnp.real, state.nu))
+    # Optax makes zeros for integers too, which have no gradients.
+    m = jax.tree.map(lambda m: m if is_trained(m) else None, state.mu)
+    u = jax.tree.map(lambda u: jnp.real(u) if is_trained(u) else None, state.nu)
+    m, u = _stored(m, u)
     return ScaleByAdamaxState(
         count=state.count,
         m=m,

@@ -27,6 +27,22 @@ def leaves_beside(prefix: Any, tree: Any) -> list[Any]:
     ]
 
 
+def is_trained(p: Any) -> bool:
+    """Whether a parameter has gradients: not integers, booleans and keys."""
+    return jnp.issubdtype(jnp.result_type(p), jnp.inexact)
+
+
+def zeros_beside(zeros: Callable[..., Any], params: Any) -> Any:
+    """What ``zeros`` makes of the path and the array of each parameter.
+
+    None where it has no gradients, so that models whose arrays are not all floats, as
+    those that ``eqx.filter(model, eqx.is_array)`` leaves, have a state too.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: zeros(path, p) if is_trained(p) else None, params
+    )
+
+
 def dtypes_beside(params: Any, m: Any) -> list[Any]:
     """The dtype of the parameter for every leaf of m; None where it is not known.
 

@@ -22,7 +22,7 @@ from adamax_jax._checks import (
 )
 from adamax_jax._complex import cast, number
 from adamax_jax._descend import decayed_weights, descend
-from adamax_jax._leaves import dtypes_beside, update_leaves
+from adamax_jax._leaves import dtypes_beside, update_leaves, zeros_beside
 from adamax_jax._moments import (
     Coefficients,
     Rule,
@@ -152,9 +152,10 @@ def scale_by_lp_adam(
         tree structure or shape; by ``init``, if a decay rate is 1 in the precision of
         a parameter.
       TypeError: If a hyperparameter is not a number or a scalar array of at least 32
-        bits; by ``init``, if a parameter is not floating-point or complex; by
-        ``update``, if a gradient is not, if it is complex where the parameter is real
-        or the other way round, or if the state is of another type.
+        bits; by ``init``, if a parameter is not an array, or of a dtype in which m
+        cannot be stored; by ``update``, if a gradient is neither floating-point nor
+        complex, if it is complex where the parameter is real or the other way round, or
+        if the state is of another type.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -188,8 +189,8 @@ def scale_by_lp_adam(
         check_rounding({"b1": b1, "b2": b2}, params)
         return ScaleByLpAdamState(
             count=jnp.zeros([], jnp.int32),
-            m=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_m_dtype(x)), params),
-            u=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_u_dtype(x)), params),
+            m=zeros_beside(lambda _, p: jnp.zeros_like(p, dtype=_m_dtype(p)), params),
+            u=zeros_beside(lambda _, p: jnp.zeros_like(p, dtype=_u_dtype(p)), params),
         )
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -124,10 +124,21 @@ def test_values_of_traced_hyperparameters_are_not_looked_at():
     ],
     ids=["int", "numpy", "bool", "python", "key", "abstract"],
 )
-def test_parameters_that_are_not_floating_point(leaf, dtype):
-    message = rf"parameter at \['a'\]\[1\] has dtype {dtype}.*eqx\.is_inexact_array"
-    with pytest.raises(TypeError, match=message):
-        adamax().init({"a": (jnp.ones(2), leaf)})
+def test_parameters_without_gradients_have_no_state(leaf, dtype):
+    """As ``eqx.filter(model, eqx.is_array)`` leaves them; a gradient is refused."""
+    for optimizer in (adamaxw(), adamax(shared_axes=-1), lp_adam(0.1, p=3.0)):
+        params = {"a": (jnp.ones([2, 2]), leaf)}
+        state = optimizer.init(params)
+        for tree in state[0][1:3]:
+            assert tree["a"][1] is None
+        gradients = {"a": (jnp.ones([2, 2]), None)}
+        if hasattr(leaf, "devices") or not hasattr(leaf, "dtype"):
+            updates, state = optimizer.update(gradients, state, params)
+            assert updates["a"][1] is None
+        for g in (jnp.ones(3), np.zeros(3, jax.dtypes.float0)):
+            wrong = {"a": (jnp.ones([2, 2]), g)}
+            with pytest.raises(ValueError, match=r"\['a'\]\[1\].*no array of floating"):
+                optimizer.update(wrong, state, params)
 
 
 def test_parameters_that_are_not_arrays():
@@ -327,6 +338,8 @@ def test_decay_rates_that_are_1_in_float32(x64, factory, name, rate):
         optimizer.init([jnp.ones(2, jnp.float64), jnp.ones(2, jnp.bfloat16)])
     optimizer.init(jnp.ones(2, jnp.float64))
     factory(**{name: 0.99999994}).init(jnp.ones(2, jnp.float32))
+    if factory is scale_by_adamax:
+        factory(**{name: rate}, u_dtype="float64").init(jnp.ones(2, jnp.float64))
 
 
 @pytest.mark.parametrize("factory", [adamax, functools.partial(lp_adam, p=2.0)])

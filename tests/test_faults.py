@@ -232,9 +232,6 @@ REFUSED = {
     "float8_e4m3": "m cannot be stored",
     "float8_e4m3b11fnuz": "m cannot be stored",
     "float4_e2m1fn": "m cannot be stored",
-    "int8": "floating-point or complex",
-    "int4": "floating-point or complex",
-    "bool": "floating-point or complex",
 }
 
 
@@ -250,9 +247,7 @@ def test_parameters_of_every_dtype(make, dtype, x64):
     np.testing.assert_allclose(np.asarray(after.astype("complex128")), 0.875, rtol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "dtype", [d for d in REFUSED if hasattr(jnp, d) or d == "bool"]
-)
+@pytest.mark.parametrize("dtype", [d for d in REFUSED if hasattr(jnp, d)])
 @pytest.mark.parametrize("make", [adamax, functools.partial(lp_adam, p=3.0)])
 def test_dtypes_that_are_refused(make, dtype):
     params = {"w": jax.ShapeDtypeStruct([3], dtype)}

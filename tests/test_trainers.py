@@ -441,6 +441,42 @@ def test_equinox(equinox, digits, passed, storage):
     )
 
 
+@EVERY_STORAGE
+def test_equinox_with_all_arrays_of_a_model(equinox, storage):
+    """``eqx.is_array`` lets integers, booleans and keys through, as GPJax does."""
+
+    class Model(equinox.Module):
+        weight: jax.Array
+        index: jax.Array
+        mask: jax.Array
+        key: jax.Array
+
+        def __call__(self):
+            return jnp.sum(jnp.where(self.mask, self.weight[self.index] - 3, 0) ** 2)
+
+    model = Model(
+        jnp.zeros(4),
+        jnp.array([3, 0]),
+        jnp.array([True, False]),
+        jax.random.key(0),
+    )
+    optimizer = adamaxw(0.1, weight_decay=0.0, **storage)
+    state = optimizer.init(equinox.filter(model, equinox.is_array))
+
+    @equinox.filter_jit
+    def step(model, state):
+        gradients = equinox.filter_grad(lambda model: model())(model)
+        updates, state = optimizer.update(
+            gradients, state, equinox.filter(model, equinox.is_array)
+        )
+        return equinox.apply_updates(model, updates), state
+
+    for _ in range(60):
+        model, state = step(model, state)
+    np.testing.assert_allclose(model.weight, [0, 0, 0, 3], atol=0.3)
+    assert model.index.tolist() == [3, 0]
+
+
 def perceptron(weights, x):
     w1, b1, w2, b2 = weights
     return jnp.maximum(x @ w1 + b1, 0) @ w2 + b2

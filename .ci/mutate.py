@@ -1,6 +1,6 @@
 """Breaks the optimizer in one place after another, to see whether the tests notice.
 
-    pip install -e ".[test]" cosmic-ray && python tests/mutate.py --sample 150
+    pip install -e ".[test]" cosmic-ray && python .ci/mutate.py --sample 150
 
 Cosmic Ray finds the places: numbers, operators, comparisons, conditions, loops and
 decorators. One of the changes that it knows for a place is made, in a copy of the
@@ -43,7 +43,7 @@ TESTS = {
     "_residual": "residual errors",
     "_shared": "shared errors zero state",
     "_state": "state interop errors shared leaves",
-    "_storage": "storage growth reference lp_adam shared state",
+    "_storage": "storage growth reference diagnose lp_adam shared state",
     "_zero": "zero errors",
 }
 SECONDS = 900
