@@ -223,11 +223,13 @@ def scale_by_adamax(
         (as of ``jax.tree_util.tree_map_with_path``) and the parameter that returns one
         of these. Parameters with fewer than two axes stay element-wise. With
         ``optax.inject_hyperparams`` pass that ``static_args="shared_axes"``. For
-        Flax's kernels, (inputs, outputs), -1 has trained transformers best; the
-        learning rate is then up to 4 times the element-wise one, so search from twice
-        that upwards. Warm it up, since one large early gradient holds up a whole slice,
-        and leave embeddings with rare rows out. In ``notebooks/04_one_byte.ipynb`` it
-        was, with warm-up, as good as element-wise AdaMax, and up to 2 % behind Adam.
+        Flax's kernels, (inputs, outputs), -1 has trained transformers best (-2 for
+        Equinox's weights, which are transposed); where units may be silent for long,
+        share along the inputs, so that each has a u of its own. The learning rate is up
+        to 4 times the element-wise one, so search from twice that upwards. Warm it up,
+        since one large early gradient holds up a whole slice, and leave embeddings with
+        rare rows out. In ``notebooks/04_one_byte.ipynb`` it was, with warm-up, as good
+        as element-wise AdaMax, and up to 2 % behind Adam.
 
     ``b1``, ``b2``, ``eps`` and ``max_growth`` may be traced scalars, for instance those
     of ``optax.inject_hyperparams`` (with half-precision parameters pass that

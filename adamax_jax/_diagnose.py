@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from adamax_jax._checks import check_eps
 from adamax_jax._complex import cast, number
+from adamax_jax._lp_adam import ScaleByLpAdamState
 from adamax_jax._paths import name_of
 from adamax_jax._quotient import quotient
 from adamax_jax._state import find_states, scale_of
@@ -51,30 +52,114 @@ class Diagnosis:
             for i, name in enumerate(self.names)
         }
 
-    def __str__(self) -> str:
-        names = ["", "total", *self.names]
-        width = max(map(len, names))
-        columns = [
-            [f"{cell:>{_width(name)}}" for cell in (name, *self._cells(name))]
-            for name in _FORMATS
-        ]
-        rows = zip(*columns, strict=True)
-        return "\n".join(
-            name.ljust(width) + "".join(row)
-            for name, row in zip(names, rows, strict=True)
+    def worst(self, limit: int = 20) -> "Diagnosis":
+        """Some of the parameters, those first that need a look first.
+
+        In the order of the largest of ``unseen``, ``stale`` and ``saturated``; NaN
+        comes before all.
+
+        Args:
+          limit: How many of them, at most.
+        """
+        columns = [np.asarray(self.table[name]) for name in ("rms", *_SHARES)]
+        rms, *shares = (np.max(x, axis=tuple(range(x.ndim - 1))) for x in columns)
+        score = np.where(np.isnan(rms), np.inf, np.max(shares, axis=0))
+        order = np.argsort(-score, kind="stable")[:limit]
+        return Diagnosis(
+            total=self.total,
+            table={name: column[..., order] for name, column in self.table.items()},
+            names=tuple(self.names[i] for i in order),
         )
 
-    def _cells(self, name):
-        total, column = self.total[name], self.table[name]
-        # What is traced, abstract or of many steps is no number.
-        is_abstract = isinstance(total, Tracer | jax.ShapeDtypeStruct)
-        if is_abstract or (np.ndim(total), np.ndim(column)) != (0, 1):
+    def plot(self) -> Any:
+        """A bar for each share and each of the worst 40 parameters.
+
+        Returns:
+          A ``matplotlib.figure.Figure``, which notebooks show.
+
+        Raises:
+          ImportError: If Matplotlib is not installed.
+          ValueError: If the figures are those of several steps or runs.
+        """
+        from matplotlib.figure import Figure
+
+        if np.ndim(self.total["rms"]):
+            shape = np.shape(self.total["rms"])
+            raise ValueError(
+                f"There are figures of several steps or runs, of shape {shape}: take "
+                "those of one with jax.tree.map(lambda x: x[0], diagnosis)."
+            )
+        shown = self.worst(40)
+        names = ["total", *shown.names]
+        figure = Figure(figsize=(10, 1 + 0.22 * len(names)), layout="constrained")
+        panels = figure.subplots(1, 1 + len(_SHARES), sharey=True)
+        for axes, name in zip(panels, ("rms", *_SHARES), strict=True):
+            column = [float(self.total[name]), *np.asarray(shown.table[name])]
+            axes.barh(range(len(names)), np.nan_to_num(column, nan=0), color="#0072b2")
+            for row in np.flatnonzero(np.isnan(column)):
+                axes.text(0, row, " NaN", va="center", color="#d55e00")
+            axes.set(title=name, xlim=(0, 1.05), yticks=range(len(names)))
+            axes.set_yticklabels(names)
+            axes.margins(y=0.01)
+        panels[0].invert_yaxis()
+        return figure
+
+    def __str__(self) -> str:
+        return self.to_string()
+
+    def to_string(self, limit: int | None = 40) -> str:
+        """The table, with the :meth:`worst` parameters alone where there are many.
+
+        Args:
+          limit: How many of them, at most; None for all, in the order of the tree.
+        """
+        if limit is None or len(self.names) <= limit or self._is_abstract():
+            return self._printed()
+        return (
+            f"{self.worst(limit)._printed()}\n"
+            f"... and {len(self.names) - limit} parameters that are not worse: "
+            "to_string(limit=None) has them, diagnose(state, depth=1) groups them."
+        )
+
+    def _printed(self):
+        names = ["", "total", *self.names]
+        columns = [[name.ljust(max(map(len, names))) for name in names]]
+        for figure in _FORMATS:
+            cells = [figure, *self._cells(figure)]
+            width = 2 + max(6, *map(len, cells))
+            columns.append([cell.rjust(width) for cell in cells])
+        return "\n".join(map("".join, zip(*columns, strict=True)))
+
+    def _cells(self, figure):
+        if self._is_abstract():
             return ["-"] * (1 + len(self.names))
-        numbers = [total, *np.asarray(column)]
-        return [format(float(number), _FORMATS[name]) for number in numbers]
+        column = np.asarray(self.table[figure])
+        numbers = [np.asarray(self.total[figure]), *np.moveaxis(column, -1, 0)]
+        return [_printed_range(number, _FORMATS[figure]) for number in numbers]
+
+    def _is_abstract(self):
+        kinds = Tracer, jax.ShapeDtypeStruct
+        figures = [*self.total.values(), *self.table.values()]
+        return any(isinstance(x, kinds) for x in figures) or any(
+            np.ndim(x) != 1 + np.ndim(self.total[name])
+            for name, x in self.table.items()
+        )
 
 
-def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
+def _printed_range(numbers, number_format):
+    """A number; of several steps or runs, the smallest and the largest."""
+    if not numbers.size:
+        return "-"
+    ends = (
+        format(np.min(numbers), number_format),
+        format(np.max(numbers), number_format),
+    )
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def diagnose(
+    state: optax.OptState, eps: ArrayLike = 1e-8, *, depth: int | None = None
+) -> Diagnosis:
     """Figures of the state, to be logged during training.
 
     For each parameter, and for all of them together:
@@ -97,7 +182,9 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       spike k times the usual gradient is forgotten after
       ``ln(k) / (1 - b2)`` steps. Set ``b2=0.99, max_growth=1.1``, with which
       a single spike holds nothing back. Under noise alone it is about 0.01. Where it is
-      1, gradients have stopped altogether.
+      1, gradients have stopped altogether. A spike raises it from one step to the next;
+      where it creeps up while the loss goes to zero, gradients have become small: the
+      run has converged, or a smaller ``b2`` lets u follow them.
     ``decades``
       The decimal logarithm of the largest u by the smallest, unseen coordinates aside:
       how badly the problem is scaled, and what ``u_dtype`` must span. uint8 spans 18
@@ -118,16 +205,20 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
     Args:
       state: A :class:`ScaleByAdamaxState`, or an optimizer's state with some in it.
       eps: The optimizer's ``eps``; with another one ``unseen`` is wrong.
+      depth: Puts the parameters together whose paths begin with the same ``depth``
+        parts (a key, an index or an attribute is one); None for each on its own.
 
     Returns:
-      A :class:`Diagnosis`. Its paths are those of errors, of ``jax.tree_util.keystr``;
-      where the state holds several :class:`ScaleByAdamaxState`, as from
-      ``optax.partition``, each begins with the path to its own. In ``jax.jit`` it is a
-      tree of arrays as any other; printed outside, it is a table.
+      A :class:`Diagnosis`. Of more than 40 parameters it prints the worst. Its paths
+      are those of errors, of ``jax.tree_util.keystr``; where the state holds several
+      :class:`ScaleByAdamaxState`, as from ``optax.partition``, each begins with the
+      path to its own. In ``jax.jit`` it is a tree of arrays as any other; printed
+      outside, it is a table, of several steps or runs one of ranges.
 
     Raises:
       ValueError: If there is no :class:`ScaleByAdamaxState` in the state, it is that of
-        an ensemble (``jax.vmap``), or ``eps`` is negative or not finite.
+        an ensemble (``jax.vmap`` this function then), ``eps`` is negative or not
+        finite, or ``depth`` is below 1.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -143,26 +234,42 @@ def diagnose(state: optax.OptState, eps: ArrayLike = 1e-8) -> Diagnosis:
       ['dead']    0.000   0.000   1.000   0.000     0.00      0.000
     """
     eps = check_eps("eps", eps)
+    if depth is not None and (not isinstance(depth, int) or depth < 1):
+        raise ValueError(f"depth must be None or an integer above 0, got {depth!r}.")
     found = find_states(state)
     if not found:
-        raise ValueError("The state holds no ScaleByAdamaxState.")
+        raise ValueError(f"The state holds no ScaleByAdamaxState.{_hint(state)}")
     names, rows = [], []
     for state_path, adamax_state in found:
         prefix = jax.tree_util.keystr(state_path) if len(found) > 1 else ""
         u_scale = scale_of(adamax_state)
         leaves = jax.tree.leaves_with_path(adamax_state.m)
         for (path, m), u in zip(leaves, jax.tree.leaves(adamax_state.u), strict=True):
+            path = path[:depth]
             names.append(prefix + jax.tree_util.keystr(path) or name_of(path))
             rows.append(_row(m, u, u_scale, eps))
     dtypes = [x.dtype for x in jax.tree.leaves(rows)]
     rows = cast(rows, arithmetic_dtype(jnp.result_type(float), *dtypes))
     table = jnp.asarray(rows).reshape([len(rows), len(_Sums._fields)])
     columns = _Sums(*table.T)
-    return Diagnosis(
-        total=_figures(_over_all(columns)),
-        table=_figures(columns),
-        names=tuple(names),
-    )
+    total = _over_all(columns)
+    if depth is not None:
+        groups = list(dict.fromkeys(names))
+        columns = _over_groups(columns, [groups.index(name) for name in names])
+        names = groups
+    return Diagnosis(total=_figures(total), table=_figures(columns), names=tuple(names))
+
+
+def _hint(state):
+    """What can be read of a state in which there is no AdaMax of this library."""
+    if find_states(state, optax.ScaleByAdamState):
+        return " It is Optax's: if its optimizer is an adamax, use from_optax first."
+    if find_states(state, ScaleByLpAdamState):
+        return (
+            " That of lp_adam and scale_by_lp_adam has a u that is a mean of the "
+            "gradients and remembers no maximum, of which these figures are."
+        )
+    return ""
 
 
 class _Sums(NamedTuple):
@@ -231,6 +338,32 @@ def _over_all(columns):
     )
 
 
+def _over_groups(columns, groups):
+    """The columns of groups, from those of parameters and the group of each."""
+    if not groups:
+        return columns
+    add, largest, smallest = (
+        functools.partial(
+            function, segment_ids=jnp.array(groups), num_segments=1 + max(groups)
+        )
+        for function in (
+            jax.ops.segment_sum,
+            jax.ops.segment_max,
+            jax.ops.segment_min,
+        )
+    )
+    return _Sums(
+        size=add(columns.size),
+        squares=add(columns.squares),
+        seen=add(columns.seen),
+        stale=add(columns.stale),
+        saturated=add(columns.saturated),
+        largest=largest(columns.largest),
+        largest_u=largest(columns.largest_u),
+        smallest_u=smallest(columns.smallest_u),
+    )
+
+
 def _figures(sums):
     size = jnp.maximum(sums.size, 1)
     any_seen = sums.seen > 0
@@ -260,6 +393,5 @@ _FORMATS = {
     "saturated": ".3f",
 }
 
-
-def _width(name):
-    return 2 + max(len(name), 6)
+# What should be small.
+_SHARES = ("unseen", "stale", "saturated")

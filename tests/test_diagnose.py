@@ -14,6 +14,7 @@ from adamax_jax import (
     adamax,
     convert_state,
     diagnose,
+    lp_adam,
     moments,
 )
 
@@ -325,6 +326,106 @@ def test_a_shared_u_beyond_its_reciprocal():
 
 def test_figures_that_were_put_together_are_printed_as_dashes():
     diagnosis = diagnose(adamax().init({"a": jnp.ones(2), "b": jnp.ones(2)}))
-    for function in (lambda x: x.mean(), lambda x: x[None]):
-        assert "-" in str(jax.tree.map(function, diagnosis))
+    assert "-" in str(jax.tree.map(lambda x: x.mean(), diagnosis))
     assert str(jax.tree.map(lambda x: x.tolist(), diagnosis)) == str(diagnosis)
+
+
+def test_those_of_several_runs_are_printed_as_ranges():
+    """Of an ensemble, and of one step that has an axis of its own."""
+    optimizer = adamax()
+    gradients = {"a": jnp.array([[1.0, 1.0], [0.0, 1.0]]), "b": jnp.ones([2, 1])}
+    state = jax.vmap(optimizer.init)(gradients)
+    _, state = jax.vmap(optimizer.update)(gradients, state)
+    header, total, a, b = str(jax.vmap(diagnose)(state)).splitlines()
+    assert header.split() == list(
+        diagnose(state_of(m=jnp.ones(1), u=jnp.ones(1))).total
+    )
+    assert "0.000 to 0.500" in a
+    assert "0.000 to 0.333" in total
+    assert "to" not in b
+    one = diagnose(jax.tree.map(lambda x: x[0], state))
+    assert str(jax.tree.map(lambda x: x[None], one)) == str(one)
+    with pytest.raises(ValueError, match=r"of shape \(2,\): take"):
+        jax.vmap(diagnose)(state).plot()
+
+
+def many(size=100):
+    """Of the parameters every tenth is unseen, in part, and one is not a number."""
+    gradients = {
+        f"layer{i:03}": {"w": jnp.ones([4]).at[: i // 30].set(0 if i % 10 == 0 else 1)}
+        for i in range(size)
+    }
+    gradients["layer007"]["w"] = jnp.array([jnp.nan, 1, 1, 1])
+    return diagnose(run(adamax(), [gradients]))
+
+
+def test_of_many_parameters_the_worst_are_printed():
+    diagnosis = many()
+    lines = str(diagnosis).splitlines()
+    assert len(lines) == 2 + 40 + 1
+    shown = [line.split()[0] for line in lines[2:-1]]
+    unseen = ["090", "060", "070", "080", "030", "040", "050"]
+    assert shown[:8] == [f"['layer{i}']['w']" for i in ["007", *unseen]]
+    # The others as they are in the tree.
+    assert shown[8:] == sorted(shown[8:])
+    assert lines[-1].startswith("... and 60 parameters that are not worse")
+    assert diagnosis.worst(3).names == tuple(shown[:3])
+    everything = diagnosis.to_string(limit=None).splitlines()
+    assert [line.split()[0] for line in everything[2:]] == sorted(diagnosis.names)
+    assert len(diagnosis.to_string(limit=3).splitlines()) == 2 + 3 + 1
+    assert str(diagnosis.worst(100).worst(40)) == str(diagnosis.worst(40))
+
+
+def test_parameters_are_put_together_by_their_paths():
+    """As if their arrays were one."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.float32(rng.normal(size=n) * 10.0**n) for n in (3, 5, 2, 4)]
+    a, b, c, d = [x.at[0].set(0) for x in arrays]
+    apart = run(adamax(), [{"x": {"a": a, "b": [b, c]}, "y": (d,)}])
+    together = run(adamax(), [{"x": jnp.concatenate([a, b, c]), "y": d}])
+    for function in (diagnose, jax.jit(diagnose, static_argnames="depth")):
+        grouped, expected = function(apart, depth=1), diagnose(together)
+        assert grouped.names == expected.names == ("['x']", "['y']")
+        chex.assert_trees_all_close(grouped.table, expected.table, rtol=1e-6)
+        chex.assert_trees_all_close(grouped.total, expected.total, rtol=1e-6)
+    assert diagnose(apart, depth=2).names == (
+        "['x']['a']",
+        "['x']['b']",
+        "['y'][0]",
+    )
+    assert str(diagnose(apart, depth=9)) == str(diagnose(apart, depth=3))
+    assert diagnose(adamax().init({}), depth=1).names == ()
+    for depth in (0, 1.0):
+        with pytest.raises(ValueError, match="depth must be None or an integer above"):
+            diagnose(apart, depth=depth)
+
+
+def test_not_a_number_is_not_hidden_in_a_group():
+    g = {"x": [jnp.array([jnp.nan]), jnp.ones(2)], "y": jnp.ones(2)}
+    table = diagnose(run(adamax(), [g]), depth=1).table
+    for name in ("rms", "max"):
+        assert np.isnan(table[name]).tolist() == [True, False]
+
+
+def test_a_plot_shows_the_same_numbers():
+    diagnosis = many()
+    figure = diagnosis.plot()
+    shown = diagnosis.worst(40)
+    panels = dict(
+        zip(("rms", "unseen", "stale", "saturated"), figure.axes, strict=True)
+    )
+    for name, axes in panels.items():
+        lengths = [bar.get_width() for bar in axes.patches]
+        expected = np.array([diagnosis.total[name], *shown.table[name]])
+        np.testing.assert_allclose(lengths, np.nan_to_num(expected, nan=0))
+    texts = [text.get_text() for text in panels["rms"].texts]
+    assert texts == [" NaN"] * 2
+    labels = [text.get_text() for text in panels["rms"].get_yticklabels()]
+    assert labels == ["total", *shown.names]
+
+
+def test_states_that_it_cannot_read_are_named():
+    with pytest.raises(ValueError, match=r"It is Optax's.*from_optax"):
+        diagnose(optax.adamax(0.1).init(jnp.ones(2)))
+    with pytest.raises(ValueError, match=r"lp_adam.*remembers no maximum"):
+        diagnose(lp_adam(0.1, p=3.0).init(jnp.ones(2)))

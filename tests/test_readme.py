@@ -128,6 +128,21 @@ def test_diagnosis_example(capsys):
     assert capsys.readouterr().out == table
 
 
+def test_silent_units_example(capsys):
+    with jax.numpy_rank_promotion("allow"):
+        run(example(page("diagnosing"), "Which units are silent"))
+    assert capsys.readouterr().out == "[1 4]\n"
+
+
+def test_sharing_in_other_layouts_example():
+    """The same numbers share u, whether kernels are (inputs, outputs) or transposed."""
+    names = run(example(page("choosing"), "Which axis"))
+    params = {"blocks": {"kernel": jnp.ones([3, 8, 4]), "bias": jnp.ones([3, 4])}}
+    u = names["optimizer"].init(params)[0].u["blocks"]
+    assert u["kernel"].shape == (3, 8, 1)
+    assert u["bias"].shape == (3, 4)
+
+
 def test_torch_example():
     """With what PyTorch gave when it was there."""
     recorded = peers.torch_model()
