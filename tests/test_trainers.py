@@ -8,6 +8,8 @@ in plain JAX and Optax: the losses, parameters and state are those, to the bit.
 
 import functools
 import math
+import warnings
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -48,6 +50,13 @@ def flax():
 
 
 @pytest.fixture
+def as_it_comes():
+    """For software that mixes dtypes and ranks in arithmetic of its own."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
 def equinox():
     return installed("equinox")
 
@@ -77,6 +86,27 @@ def keras(monkeypatch, tmp_path):
     # It broadcasts biases.
     with jax.numpy_rank_promotion("allow"):
         yield keras
+
+
+@pytest.fixture(scope="module")
+def flowjax():
+    """With what it imports of other libraries' deprecated names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        installed("flowjax")
+        from flowjax import distributions, flows, train
+    return SimpleNamespace(distributions=distributions, flows=flows, train=train)
+
+
+@pytest.fixture(scope="module")
+def netket():
+    """It switches double precision on for the whole process, which is taken back."""
+    before = jax.config.jax_enable_x64
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        package = installed("netket")
+    jax.config.update("jax_enable_x64", before)
+    return package
 
 
 def installed(package):
@@ -670,3 +700,50 @@ def test_keras(keras, digits, storage):
             optimizer,
         ),
     )
+
+
+@pytest.mark.parametrize(
+    "storage", [{}, TWO_BYTES, {"m_dtype": "int8", "shared_axes": -2}]
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("as_it_comes")
+def test_flowjax(flowjax, storage):
+    """Its own loop, over Equinox modules with wrappers and integers in them."""
+    data = 1 + jax.random.normal(jax.random.key(0), [400, 2]) * jnp.array([2.0, 0.5])
+    flow = flowjax.flows.masked_autoregressive_flow(
+        jax.random.key(1),
+        base_dist=flowjax.distributions.Normal(jnp.zeros(2)),
+        flow_layers=1,
+        nn_width=16,
+    )
+    before = -flow.log_prob(data).mean()
+    flow, _ = flowjax.train.fit_to_data(
+        jax.random.key(2),
+        flow,
+        data,
+        optimizer=adamax(5e-3, **storage),
+        max_epochs=8,
+        batch_size=50,
+        show_progress=False,
+    )
+    assert -flow.log_prob(data).mean() < before - 1
+
+
+@pytest.mark.parametrize("storage", ["own", "uint8", "two bytes"])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("as_it_comes")
+def test_netket(netket, x64, storage):
+    """The ground state of a chain of spins: complex parameters, in double precision."""
+    optimizer = {
+        "own": adamax(2e-2),
+        "uint8": adamax(2e-2, u_dtype="uint8"),
+        "two bytes": optax.contrib.split_real_and_imaginary(adamax(2e-2, **TWO_BYTES)),
+    }[storage]
+    space, chain = netket.hilbert.Spin(0.5, 6), netket.graph.Chain(6)
+    energy = netket.operator.Ising(space, chain, h=1.0)
+    model = netket.models.RBM(alpha=1, param_dtype=complex)
+    state = netket.vqs.FullSumState(space, model, seed=0)
+    driver = netket.driver.VMC(energy, optimizer, variational_state=state)
+    driver.run(60, out=netket.logging.RuntimeLog(), show_progress=False)
+    # By diagonalization.
+    assert float(state.expect(energy).mean.real) == pytest.approx(-7.72741, rel=0.02)
