@@ -177,10 +177,10 @@ def scale_by_adamax(
     means of coordinates far below the slice's largest.) Which axes are shared, the
     update reads from the shapes of the state, but it refuses a state that shares none
     where the optimizer shares some, or the other way round; ``optax.flatten`` leaves
-    none. Where parameters are divided along a shared axis, the maximum is all that
+    none. Where parameters are sharded along a shared axis, the maximum is all that
     devices exchange; in ``jax.shard_map`` each would take the maximum over its own
     part, and Flax's partitioning metadata, which u inherits, cannot be met by its size
-    of 1: divide along other axes there.
+    of 1: shard along other axes there.
 
     **Not-a-number and infinity** (what ``max_growth`` does not cut off of it) are
     carried by the update in every storage, and kept by the state, so that the

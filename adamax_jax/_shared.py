@@ -21,7 +21,7 @@ def check_shared_axes(shared_axes: Any) -> Any:
 
 
 def zeros_shared(path: Any, leaf: Any, dtype: Any, shared_axes: Any) -> jax.Array:
-    """Zeros for the u of one parameter, divided over devices as that is."""
+    """Zeros for the u of one parameter, sharded over devices as that is."""
     zeros = jnp.zeros_like(leaf, dtype=dtype)
     axes = _axes_of(path, leaf, shared_axes)
     # zeros_like, since XLA takes seconds to evaluate a maximum of zeros.
@@ -70,7 +70,7 @@ def reshare(u: jax.Array, shape: Shape) -> jax.Array:
 
 
 def spec_of_shared(spec: PartitionSpec, whole: Shape, shape: Shape) -> PartitionSpec:
-    """How u of a shape is divided where an array of the whole shape is by ``spec``."""
+    """How u of a shape is sharded where an array of the whole shape is by ``spec``."""
     shared = _differing(whole, shape)
     if not shared:
         return spec

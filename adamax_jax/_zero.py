@@ -30,17 +30,17 @@ def zero_shardings(
     the same; the compiler adds the one exchange that brings the updates together.
 
     They work for the state of any Optax optimizer. An array that belongs to a parameter
-    (the shape is the same, and no other path ends more alike) is divided over
+    (the shape is the same, and no other path ends more alike) is sharded over
     ``mesh`` as the parameter is and over ``axis`` in addition, unless it is already
     (FSDP). The axis goes to the first dimension that it divides, preferably one that is
-    not divided yet. An array that differs only in axes of size 1, as AdaMax's shared u,
-    is divided as that one is along the others. An array of another shape, as in
-    Adafactor, is divided over ``axis`` alone, and a single number is replicated.
+    not sharded yet. An array that differs only in axes of size 1, as AdaMax's shared u,
+    is sharded as that one is along the others. An array of another shape, as in
+    Adafactor, is sharded over ``axis`` alone, and a single number is replicated.
 
     Give them to ``jax.jit`` twice: for ``init``, so that the state is never whole on
     one device, and for the training step, without which the compiler may choose to
     divide the new parameters as well. Call this function outside of ``jax.jit``, where
-    arrays know how they are divided. A state that exists takes them too: that of
+    arrays know how they are sharded. A state that exists takes them too: that of
     ``flax.nnx.Optimizer`` has the same leaves in other containers, so that
     ``jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(shardings))`` are
     its shardings.
@@ -49,14 +49,14 @@ def zero_shardings(
       optimizer: The optimizer; only its ``init`` is called, on abstract arrays.
       params: The parameters, or ``jax.ShapeDtypeStruct`` in their place.
       mesh: The mesh of devices.
-      axis: The name of the axis that the batch is divided over.
+      axis: The name of the axis that the batch is sharded over.
 
     Returns:
       A tree of ``NamedSharding`` with the structure of ``optimizer.init(params)``, for
       ``out_shardings`` of ``jax.jit``, ``jax.device_put`` or a checkpoint's restore.
 
     Raises:
-      ValueError: If the mesh has no such axis, or a parameter is divided over another
+      ValueError: If the mesh has no such axis, or a parameter is sharded over another
         mesh.
 
     Warns:
@@ -94,21 +94,21 @@ def zero_shardings(
             f"{axis!r}."
         )
     parameters = _parameters_by_end(params, mesh)
-    undivided = []
+    unsharded = []
 
     def shard(path, leaf):
         _, shape, spec = _parameter_of(path, leaf.shape, parameters)
         spread = _spread(shape, spec, mesh, axis)
         if spread is None:
             if leaf.size > 1:
-                undivided.append((path, leaf))
+                unsharded.append((path, leaf))
             spread = spec
         return NamedSharding(mesh, spec_of_shared(spread, shape, leaf.shape))
 
     state = jax.eval_shape(optimizer.init, params)
     shardings = jax.tree_util.tree_map_with_path(shard, state)
-    if undivided:
-        warnings.warn(_report(undivided, state, mesh, axis), stacklevel=2)
+    if unsharded:
+        warnings.warn(_report(unsharded, state, mesh, axis), stacklevel=2)
     return shardings
 
 
@@ -146,14 +146,14 @@ def _parameter_of(path, shape, by_end):
 
 
 def _own_spec(path, leaf, mesh):
-    """How a parameter is divided over the mesh."""
+    """How a parameter is sharded over the mesh."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and _is_same(sharding.mesh, mesh):
         return sharding.spec
     if sharding is None or sharding.is_fully_replicated:
         return PartitionSpec()
     raise ValueError(
-        f"The parameter at {name_of(path)} is divided by {sharding}, which is not over "
+        f"The parameter at {name_of(path)} is sharded by {sharding}, which is not over "
         f"the given {mesh}."
     )
 
@@ -167,11 +167,11 @@ def _is_same(own, mesh):
 
 
 def _spread(shape, spec, mesh, axis):
-    """The spec with the axis added; None where no dimension can be divided."""
+    """The spec with the axis added; None where no dimension can be sharded."""
     axes = [_axes(entry) for entry in spec] + [()] * (len(shape) - len(spec))
     if any(axis in names for names in axes):
         return spec
-    # Free dimensions first: a divided one gets two axes only if there is no other.
+    # Free dimensions first: a sharded one gets two axes only if there is no other.
     for dimension in sorted(range(len(shape)), key=lambda d: len(axes[d])):
         names = (*axes[dimension], axis)
         parts = math.prod(mesh.shape[name] for name in names)
@@ -182,16 +182,16 @@ def _spread(shape, spec, mesh, axis):
 
 
 def _axes(entry):
-    """The axes that a dimension is divided over, given its entry in a spec."""
+    """The axes that a dimension is sharded over, given its entry in a spec."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def _report(undivided, state, mesh, axis):
+def _report(unsharded, state, mesh, axis):
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    part = sum(leaf.size * leaf.dtype.itemsize for _, leaf in undivided)
-    names = [f"{name_of(path)} {leaf.shape}" for path, leaf in undivided]
+    part = sum(leaf.size * leaf.dtype.itemsize for _, leaf in unsharded)
+    names = [f"{name_of(path)} {leaf.shape}" for path, leaf in unsharded]
     more = len(names) - _MOST_NAMED
     return (
         f"{part:,} of the optimizer state's {whole:,} bytes stay replicated over axis "

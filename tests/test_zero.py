@@ -274,7 +274,7 @@ def check_errors():
     other = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AUTO, AUTO))
     params = {"w": abstract(8, sharding=NamedSharding(other, P("b")))}
     with pytest.raises(
-        ValueError, match=r"\['w'\] is divided .* not over the given Mesh"
+        ValueError, match=r"\['w'\] is sharded .* not over the given Mesh"
     ):
         zero_shardings(adamax(), params, mesh, "data")
     for devices in (jax.devices()[4:], jax.devices()[3::-1]):
