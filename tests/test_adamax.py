@@ -402,6 +402,16 @@ def test_double_precision_keeps_float32_leaves(x64):
     assert types(new_state) == types(state)
 
 
+@pytest.mark.parametrize("factory", [adamax, adamaxw])
+def test_the_default_learning_rate_is_that_of_the_paper(factory):
+    params = jnp.array([1.0, -2.0])
+    steps = [
+        optimizer.update(params, optimizer.init(params), params)[0]
+        for optimizer in (factory(), factory(0.002))
+    ]
+    chex.assert_trees_all_equal(*steps)
+
+
 def test_version():
     assert adamax_jax.__version__.count(".") == 2
 

@@ -30,6 +30,19 @@ def moments_of(states):
     return jax.jit(jax.vmap(moments))(states)
 
 
+@pytest.mark.parametrize(
+    ("u", "is_bounded"), [(1.5, False), (1.99, False), (2.01, True), (2.5, True)]
+)
+def test_a_u_of_more_than_twice_eps_is_bounded(u, is_bounded):
+    """What is below has seen no gradient, or not for long."""
+    eps = 2.0**-20
+    optimizer = scale_by_adamax(eps=eps, max_growth=K)
+    state = optimizer.init(jnp.zeros(1))._replace(u=jnp.array([u * eps]))
+    _, state = optimizer.update(jnp.ones(1), state)
+    expected = K * u * eps + eps if is_bounded else 1.0
+    np.testing.assert_allclose(state.u, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("eps_inside", [True, False])
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])

@@ -8,6 +8,7 @@ import optax
 import peers
 import pytest
 from sequences import ROUNDING_OF_U, STORAGES, gradients, train
+from versions import needs_new_optax
 
 from adamax_jax import (
     ScaleByAdamaxState,
@@ -95,6 +96,7 @@ def test_there_and_back_the_numbers_are_the_same(name):
         chex.assert_trees_all_close(u, moments(state)[1], rtol=ROUNDING_OF_U[name])
 
 
+@needs_new_optax
 def test_parts_that_optax_arranges_otherwise_are_inserted_into_a_new_state():
     """A mask of the decay has a state of its own in Optax, and a schedule another."""
     options = {"weight_decay": SCHEDULE, "mask": {"a": True, "b": False}}

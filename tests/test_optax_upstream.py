@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from sequences import STORAGES
+from versions import needs_new_optax
 
 import adamax_jax
 
@@ -238,6 +239,7 @@ def test_each_of_them_depends_on_ours():
     assert [k for k, v in outcomes.items() if "no state from us" not in v] == []
 
 
+@needs_new_optax
 def test_they_tell_downhill_from_uphill():
     outcomes = outcomes_with("uphill")
     assert count_by_test(outcomes) == {
@@ -257,6 +259,7 @@ def test_they_see_shardings():
     assert [k for k, v in outcomes.items() if "Arrays are not equal" not in v] == []
 
 
+@needs_new_optax
 def test_they_are_refused_an_int8_mean_of_complex_parameters():
     """Why the complex ones among them run with a narrow u alone."""
     outcomes = outcomes_with("int8 for complex")

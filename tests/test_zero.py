@@ -100,6 +100,18 @@ def check_specs_that_are_found_in_other_ways():
     lookahead = optax.lookahead(adamax(), sync_period=2, slow_step_size=0.5)
     shardings = zero_shardings(lookahead, twice, mesh, "data")
     assert specs(shardings).fast_state[0].m["w"] == P("data", "model")
+    # Of several parameters with the end of a path, that of the same shape.
+    both = {
+        "a": {"w": abstract(8, 16, sharding=NamedSharding(mesh, P(None, "model")))},
+        "b": {"w": abstract(1, 16)},
+    }
+    for name, expected in (("a", P("data", "model")), ("b", P(None, "data"))):
+        other = optax.GradientTransformation(
+            lambda params, name=name: {"other": params[name]}, optax.identity().update
+        )
+        assert specs(zero_shardings(other, both, mesh, "data")) == {
+            "other": {"w": expected}
+        }
     # An abstract mesh, as of jax.eval_shape under an explicit one.
     sharding = NamedSharding(mesh.abstract_mesh, P(None, "model"))
     shardings = zero_shardings(

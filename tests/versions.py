@@ -3,11 +3,17 @@
 import contextlib
 
 import jax
+import optax
 import pytest
 
 needs_new_xla = pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
     reason="XLA before JAX 0.10 copies and fuses otherwise",
+)
+
+needs_new_optax = pytest.mark.skipif(
+    tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 7),
+    reason="Optax before 0.2.7 does otherwise itself",
 )
 
 # Before JAX 0.7.1.
