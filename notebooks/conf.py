@@ -1,4 +1,4 @@
-"""Builds the documentation: ``python -m sphinx -W notebooks .docs``."""
+"""Builds the documentation: ``python -m sphinx -W notebooks .docs/html``."""
 
 import importlib.metadata
 
