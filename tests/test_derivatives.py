@@ -46,7 +46,18 @@ def loss_after_training(make, params, hyperparameters):
     return loss(params, jnp.ones([2, 3], params["w"].dtype))
 
 
-@pytest.mark.parametrize("name", [*RULES, "family"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamax",
+        "shared u, bounded growth",
+        "family",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("nesterov", "eps outside", "bounded growth", "shared u")
+        ),
+    ],
+)
 def test_through_training_they_are_those_of_finite_differences(name, x64):
     """By the initial parameters and by every hyperparameter, each alone."""
     make, at = (make_family, FAMILY) if name == "family" else (RULES[name], AT)

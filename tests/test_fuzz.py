@@ -1,7 +1,7 @@
 """Random trees, storages, hyperparameters and gradients, held to the paper.
 
 The suite draws a few cases for each property, the same in every run.
-``python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz`` draws a thousand for
+``python -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz`` draws hundreds for
 each, others every time.
 """
 
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import reference
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from versions import enable_x64
 
 from adamax_jax import convert_state, moments, scale_by_adamax
 
 STEPS = 4
+# Where each case is compiled anew.
+half_as_many = settings(max_examples=settings().max_examples // 2)
 
 
 class Pair(NamedTuple):
@@ -319,12 +321,14 @@ def in_a_scan(optimizer, params, gradients):
     return jax.tree.map(lambda x: x[-1], updates), state
 
 
+@half_as_many
 @given(cases(specials=True))
 def test_a_compiled_scan_is_the_loop(case):
     scan = jax.jit(lambda *args: in_a_scan(case.optimizer, *args))
     assert_close(case, scan(case.params, case.gradients), plainly(case))
 
 
+@half_as_many
 @given(cases(specials=True), st.booleans())
 def test_vmap_is_a_loop(case, is_compiled):
     """Over runs whose gradients come in another order each."""
@@ -363,6 +367,7 @@ WRAPPERS = {
 }
 
 
+@half_as_many
 @given(cases(), st.sampled_from(sorted(WRAPPERS)))
 def test_wrappers_change_nothing(case, name):
     """Operation by operation, so that nothing is fused: to the bit."""
@@ -380,6 +385,7 @@ def test_wrappers_change_nothing(case, name):
             assert_equal(updates, other)
 
 
+@half_as_many
 @given(cases(), st.booleans())
 def test_traced_hyperparameters_are_the_numbers(case, in_64_bits):
     """Handed to a compiled function, in either precision."""
