@@ -77,27 +77,40 @@ class Storage:
     """What m and u are stored in, and what that rounds in one step at most."""
 
     dtypes: dict[str, str]
-    m: float  # of its ratio to u
-    u: float  # relative to u
+    m: float = 0  # relative to m
+    m_near_0: float = 0  # relative to u
+    u: float = 0
     largest: float = 1e15
     smallest: float = 1e-15
 
     @property
     def is_wide(self):
-        return max(self.m, self.u) < 1e-5
+        return not self.m and not self.u
+
+
+# Relative to m, and to u where m/u is small: the distance of two numbers.
+OF_M = {
+    "float32": (0, 0),
+    "bfloat16": (2**-7, 0),
+    "float16": (2**-10, 2**-24),
+    "int8": (1 / 16, 4e-4),
+    "float8_e4m3fn": (1 / 8, 2**-9),
+}
+OF_U = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11, "uint8": 1 / 8}
+ENDS = {"uint8": (1e9, 1e-8), "float16": (1e4, 1e-3)}
 
 
 def storage(m_dtype, u_dtype):
-    m = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10, "int8": 1 / 16}
-    u = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-11, "uint8": 1 / 8}
-    ends = {"uint8": (1e9, 1e-8), "float16": (1e4, 1e-3)}.get(u_dtype, (1e15, 1e-15))
-    dtypes = {"m_dtype": m_dtype, "u_dtype": u_dtype}
-    return Storage(dtypes, m.get(m_dtype, 1 / 8), u[u_dtype], *ends)
+    return Storage(
+        {"m_dtype": m_dtype, "u_dtype": u_dtype},
+        *OF_M[m_dtype],
+        OF_U[u_dtype],
+        *ENDS.get(u_dtype, ()),
+    )
 
 
-WIDE = storage("float32", "float32")
 STORAGES = (
-    WIDE,
+    storage("float32", "float32"),
     storage("float32", "uint8"),
     storage("bfloat16", "bfloat16"),
     storage("float16", "uint8"),
@@ -107,9 +120,9 @@ STORAGES = (
     storage("float8_e4m3fn", "bfloat16"),
 )
 COMPLEX = (
-    Storage({}, 1e-6, 1e-6),
-    Storage({"u_dtype": "bfloat16"}, 1e-6, 2**-8),
-    Storage({"u_dtype": "uint8"}, 1e-6, 1 / 8, 1e9, 1e-8),
+    Storage({}),
+    Storage({"u_dtype": "bfloat16"}, u=OF_U["bfloat16"]),
+    Storage({"u_dtype": "uint8"}, 0, 0, OF_U["uint8"], *ENDS["uint8"]),
 )
 
 
@@ -222,31 +235,39 @@ ARITHMETIC = 2e-6
 
 @given(cases(has_reference=True))
 def test_every_step_is_the_papers(case):
-    """u is the exact one rounded once, m is off by the roundings so far, and the step
-    is the paper's formula of both as they are stored."""
-    stored, ratio = case.storage, case.options["b1"] / case.options["b2"]
+    """u is the exact one rounded once, m the mean of the stored one and the gradient
+    rounded once, and the step the paper's formula of both as they are stored."""
+    b1, stored = case.options["b1"], case.storage
+    is_exact = stored.is_wide and case.options["shared_axes"] is None
     exact = zip(*references(case), strict=True)
-    run = steps(case.optimizer.update, case.optimizer.init(case.params), case.gradients)
+    state = case.optimizer.init(case.params)
+    before = leaves(moments(state)[0])
+    run = steps(case.optimizer.update, state, case.gradients)
     for t, ((updates, state), g, exact_t) in enumerate(
         zip(run, case.gradients, exact, strict=True), 1
     ):
         assert int(state.count) == t
-        tolerance = ARITHMETIC + float(
+        of_step = ARITHMETIC + float(
             max(jnp.finfo(x.dtype).eps for x in arrays(updates))
         )
-        m_and_u = map(leaves, moments(state))
-        for step, m, u, g_t, e in zip(
-            leaves(updates), *m_and_u, leaves(g), exact_t, strict=True
+        after, u_after = map(leaves, moments(state))
+        for step, m, u, old_m, g_t, e in zip(
+            leaves(updates), after, u_after, before, leaves(g), exact_t, strict=True
         ):
             u = np.broadcast_to(u, m.shape)
             held = (e.u == 0) | (e.u >= stored.smallest / 16)
             np.testing.assert_allclose(u[held], e.u[held], rtol=stored.u + ARITHMETIC)
             assert np.all(u[~held] < stored.smallest)
-            roundings = stored.m * (1 - ratio**t) / (1 - ratio) + ARITHMETIC
-            assert np.all(np.abs(m - e.m) <= roundings * np.maximum(u, e.u))
-            is_plain = stored.is_wide and case.options["shared_axes"] is None
-            by_hand = e.update if is_plain else step_from(m, u, g_t, t, **case.options)
-            np.testing.assert_allclose(step, by_hand, rtol=tolerance, atol=tolerance)
+            if is_exact:
+                np.testing.assert_allclose(step, e.update, rtol=of_step, atol=of_step)
+                assert np.all(np.abs(m - e.m) <= ARITHMETIC * e.u)
+                continue
+            mean = b1 * old_m + (1 - b1) * g_t
+            room = stored.m * np.abs(mean) + (stored.m_near_0 + ARITHMETIC) * u
+            assert np.all(np.abs(m - mean) <= room)
+            by_hand = step_from(m, u, g_t, t, **case.options)
+            np.testing.assert_allclose(step, by_hand, rtol=of_step, atol=of_step)
+        before = after
 
 
 def step_from(m, u, g, t, *, b1, eps, nesterov, eps_inside, **_):
@@ -266,27 +287,51 @@ def assert_equal(actual, expected):
         np.testing.assert_array_equal(in_float64(x), in_float64(y))
 
 
-def assert_close(case, actual, expected):
+def assert_close(actual, expected):
     """As close as compilers leave it, which fuse a product and a sum as they like.
 
-    So a number may be rounded the other way, up to the number beside it.
+    Wide numbers differ in their last bits. Of the narrow ones of an array at most one
+    was so near to the middle of two that it was rounded the other way.
     """
     (updates, state), (other_updates, other_state) = actual, expected
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     assert [x.dtype for x in arrays(actual)] == [x.dtype for x in arrays(expected)]
-    growth = 1 if case.options.get("max_growth") is None else 2
-    of_u = growth * case.storage.u + ARITHMETIC
-    of_m = STEPS * (case.storage.m + ARITHMETIC) + of_u
-    for m, u, other_m, other_u in zip(
-        *map(leaves, moments(state)), *map(leaves, moments(other_state)), strict=True
+    np.testing.assert_array_equal(state.count, other_state.count)
+    np.testing.assert_allclose(state.u_scale, other_state.u_scale, rtol=1e-5)
+    of_step = 1e-4 + float(max(jnp.finfo(x.dtype).eps for x in arrays(updates)))
+    for step, other_step, m, other_m, u, other_u, exact_u in zip(
+        *map(leaves, (updates, other_updates)),
+        *map(arrays, (state.m, other_state.m, state.u, other_state.u)),
+        leaves(moments(other_state)[1]),
+        strict=True,
     ):
-        np.testing.assert_allclose(u, other_u, rtol=of_u)
-        unit = np.where((u > 0) & np.isfinite(u), u, 1)
-        for x, y in zip(parts(m), parts(other_m), strict=True):
-            np.testing.assert_allclose(x / unit, y / unit, rtol=of_m, atol=of_m)
-    for step, other_step in zip(leaves(updates), leaves(other_updates), strict=True):
+        same_u = is_same(u, other_u, 0)
+        # Beside another u everything is another.
+        beside = np.broadcast_to(same_u, m.shape)
+        same_m = is_same(m, other_m, np.broadcast_to(exact_u, m.shape))
+        assert np.sum(~same_u) <= 1
+        assert np.sum(~same_m & beside) <= 1
+        same = beside & same_m
         for x, y in zip(parts(step), parts(other_step), strict=True):
-            np.testing.assert_allclose(x, y, rtol=of_m, atol=of_m)
+            np.testing.assert_allclose(x[same], y[same], rtol=of_step, atol=1e-4)
+
+
+def is_same(x, y, unit):
+    """Where stored numbers are the same, of 32 bits and more up to rounding."""
+    is_narrow = x.dtype.itemsize < 4
+    x, y = in_float64(x), in_float64(y)
+    if is_narrow:
+        return (x == y) | (np.isnan(x) & np.isnan(y))
+    size = np.where(np.isfinite(unit), unit, 0)
+    pairs = zip(parts(x), parts(y), strict=True)
+    with np.errstate(invalid="ignore"):
+        close = [
+            (np.abs(a - b) <= 1e-5 * (np.abs(b) + size))
+            | (a == b)
+            | (np.isnan(a) & np.isnan(b))
+            for a, b in pairs
+        ]
+    return np.all(close, axis=0)
 
 
 def parts(x):
@@ -325,7 +370,7 @@ def in_a_scan(optimizer, params, gradients):
 @given(cases(specials=True))
 def test_a_compiled_scan_is_the_loop(case):
     scan = jax.jit(lambda *args: in_a_scan(case.optimizer, *args))
-    assert_close(case, scan(case.params, case.gradients), plainly(case))
+    assert_close(scan(case.params, case.gradients), plainly(case))
 
 
 @half_as_many
@@ -340,7 +385,7 @@ def test_vmap_is_a_loop(case, is_compiled):
     for i, order in enumerate(orders):
         one = jax.tree.map(lambda x, i=i: x[i], last)
         alone = plainly(dataclasses.replace(case, gradients=order))
-        assert_close(case, one, alone)
+        assert_close(one, alone)
 
 
 @given(cases(specials=True), st.integers(1, STEPS - 1))
@@ -401,7 +446,7 @@ def test_traced_hyperparameters_are_the_numbers(case, in_64_bits):
     with enable_x64(in_64_bits):
         dtype = jnp.float64 if in_64_bits else jnp.float32
         actual = run({k: jnp.asarray(v, dtype) for k, v in traced.items()})
-    assert_close(case, actual, plainly(case))
+    assert_close(actual, plainly(case))
 
 
 @given(cases(specials=True))
@@ -438,5 +483,5 @@ def test_a_conversion_keeps_what_both_storages_hold(case, to):
     ):
         inside = (u <= to.largest) & ((u >= to.smallest) | (u == 0))
         np.testing.assert_allclose(new_u[inside], u[inside], rtol=to.u + ARITHMETIC)
-        room = (to.m + ARITHMETIC) * np.maximum(u, new_u)
+        room = to.m * np.abs(m) + (to.m_near_0 + ARITHMETIC) * np.maximum(u, new_u)
         assert np.all((np.abs(m - new_m) <= room) | ~inside)
