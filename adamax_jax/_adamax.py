@@ -123,7 +123,8 @@ def scale_by_adamax(
     ``None`` leaves that part of the state as it is, or counts as zero where u is stored
     below 32 bits, since that decays with all the others. Integers, booleans and keys
     among the parameters have no gradients: they may be there, the state is None for
-    them, and so must be their gradients.
+    them, and so must be their gradients. So is their update, which
+    ``optax.apply_updates`` does not take: use ``eqx.apply_updates``, or leave them out.
 
     **Bounded growth.** One gradient of k times the usual size holds a coordinate back
     for ``ln(k) / (1 - b2)`` steps, until u has forgotten it. With ``max_growth`` u

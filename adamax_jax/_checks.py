@@ -411,7 +411,8 @@ def _leaf_problem(g, moment):
     if not hasattr(moment, "shape"):
         return ValueError, (
             f"shape {jnp.shape(g)}, but the optimizer state has {moment!r} there: at "
-            "init, the parameter was no array of floating-point or complex numbers."
+            "init, the parameter was no array of floating-point or complex numbers. "
+            "Its gradient must be None."
         )
     if jnp.shape(g) != moment.shape:
         return ValueError, (

@@ -60,7 +60,12 @@ class Diagnosis:
 
         Args:
           limit: How many of them, at most.
+
+        Raises:
+          ValueError: If ``limit`` is negative.
         """
+        if limit < 0:
+            raise ValueError(f"limit must be at least 0, got {limit}.")
         columns = [np.asarray(self.table[name]) for name in ("rms", *_SHARES)]
         rms, *shares = (np.max(x, axis=tuple(range(x.ndim - 1))) for x in columns)
         score = np.where(np.isnan(rms), np.inf, np.max(shares, axis=0))
@@ -90,7 +95,8 @@ class Diagnosis:
                 "those of one with jax.tree.map(lambda x: x[0], diagnosis)."
             )
         shown = self.worst(40)
-        names = ["total", *shown.names]
+        # Matplotlib takes what is between two dollars for mathematics.
+        names = [_short(name).replace("$", r"\$") for name in ("total", *shown.names)]
         figure = Figure(figsize=(10, 1 + 0.22 * len(names)), layout="constrained")
         panels = figure.subplots(1, 1 + len(_SHARES), sharey=True)
         for axes, name in zip(panels, ("rms", *_SHARES), strict=True):
@@ -118,7 +124,7 @@ class Diagnosis:
         return (
             f"{self.worst(limit)._printed()}\n"
             f"... and {len(self.names) - limit} parameters that are not worse: "
-            "to_string(limit=None) has them, diagnose(state, depth=1) groups them."
+            "to_string(limit=None) has them, diagnose(state, depth=...) groups them."
         )
 
     def _printed(self):
@@ -144,6 +150,11 @@ class Diagnosis:
             np.ndim(x) != 1 + np.ndim(self.total[name])
             for name, x in self.table.items()
         )
+
+
+def _short(name, length=40):
+    """The end of a path, which tells more than its beginning."""
+    return name if len(name) <= length else f"...{name[3 - length :]}"
 
 
 def _printed_range(numbers, number_format):
@@ -234,7 +245,7 @@ def diagnose(
       ['dead']    0.000   0.000   1.000   0.000     0.00      0.000
     """
     eps = check_eps("eps", eps)
-    if depth is not None and (not isinstance(depth, int) or depth < 1):
+    if depth is not None and (type(depth) is not int or depth < 1):
         raise ValueError(f"depth must be None or an integer above 0, got {depth!r}.")
     found = find_states(state)
     if not found:

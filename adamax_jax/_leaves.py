@@ -1,7 +1,8 @@
 """From trees to lists of leaves and back; gradients that are None.
 
-Arrays alone are put into a user's containers, which may look at what they are given:
-whatever else belongs to a leaf is kept in lists.
+Arrays alone are put into a user's containers, which may look at what they are given,
+and None where a parameter has no gradients: whatever else belongs to a leaf is kept in
+lists.
 """
 
 from collections.abc import Callable

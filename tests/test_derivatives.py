@@ -94,12 +94,14 @@ def later_by_earlier(m_dtype, u_dtype):
     [
         ("bfloat16", "bfloat16", 0.03),
         ("float16", "float16", 0.003),
-        ("float8_e4m3fn", "float32", 0.3),
-        ("float8_e4m3fn", "bfloat16", 0.3),
+        ("float8_e4m3fn", "float32", 0.04),
+        ("float8_e4m3fn", "bfloat16", 0.04),
+        ("float8_e4m3fn", "float8_e4m3fn", 0.4),
     ],
 )
 def test_they_pass_through_narrow_floats(m_dtype, u_dtype, rtol):
-    """As exact as the numbers are."""
+    """About as exact as the numbers are; a float8 u is known to an eighth, and is one
+    of two terms that cancel."""
     exact = later_by_earlier("float32", "float32")
     assert np.all(exact != 0)
     np.testing.assert_allclose(later_by_earlier(m_dtype, u_dtype), exact, rtol=rtol)

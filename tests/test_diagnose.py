@@ -1,5 +1,7 @@
 """The figures of the state against what was put into it."""
 
+import io
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -395,7 +397,7 @@ def test_parameters_are_put_together_by_their_paths():
     )
     assert str(diagnose(apart, depth=9)) == str(diagnose(apart, depth=3))
     assert diagnose(adamax().init({}), depth=1).names == ()
-    for depth in (0, 1.0):
+    for depth in (0, 1.0, True):
         with pytest.raises(ValueError, match="depth must be None or an integer above"):
             diagnose(apart, depth=depth)
 
@@ -424,8 +426,27 @@ def test_a_plot_shows_the_same_numbers():
     assert labels == ["total", *shown.names]
 
 
+def test_a_plot_of_long_and_odd_names():
+    params = {"a" * 300: jnp.ones(2), "$a^{$": jnp.ones(2)}
+    figure = diagnose(adamax().init(params)).plot()
+    figure.savefig(io.BytesIO())
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert sorted(map(len, labels)) == [5, len(r"['\$a^{\$']"), 40]
+
+
+def test_of_no_runs_there_are_no_numbers():
+    diagnosis = jax.tree.map(
+        lambda x: x[None][:0], diagnose(adamax().init(jnp.ones(2)))
+    )
+    assert str(diagnosis).split().count("-") == 2 * len(FIGURES)
+    with pytest.raises(ValueError, match="limit must be at least 0, got -1"):
+        many().worst(-1)
+
+
 def test_states_that_it_cannot_read_are_named():
     with pytest.raises(ValueError, match=r"It is Optax's.*from_optax"):
         diagnose(optax.adamax(0.1).init(jnp.ones(2)))
     with pytest.raises(ValueError, match=r"lp_adam.*remembers no maximum"):
         diagnose(lp_adam(0.1, p=3.0).init(jnp.ones(2)))
+    with pytest.raises(ValueError, match=r"holds no ScaleByAdamaxState\.$"):
+        diagnose(optax.sgd(0.1).init(jnp.ones(2)))

@@ -64,7 +64,7 @@ def test_chain_example():
 
 
 def test_storage_example():
-    names = run(STORAGE, params=jnp.ones(100))
+    names = run(STORAGE)
     arrays = [x for x in jax.tree.leaves(names["state"]) if x.ndim]
     assert sum(x.nbytes for x in arrays) == 200
     assert names["m"].dtype == names["u"].dtype == jnp.float32
