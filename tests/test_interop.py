@@ -274,6 +274,11 @@ def test_from_torch_names_are_checked():
         group["param_names"] = [name]
     with pytest.raises(ValueError, match=r"'weight' at 0, where .* has 'bias'"):
         from_torch(known, NAMES, convert)
+    for group, name in zip(known["param_groups"], NAMES, strict=True):
+        group["param_names"] = [name]
+    chex.assert_trees_all_equal(
+        from_torch(known, NAMES, convert), from_torch(torch_state(), NAMES, convert)
+    )
     with pytest.raises(TypeError, match=r"state_dict\(\) returned, got list"):
         from_torch([], NAMES, convert)
 
