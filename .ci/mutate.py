@@ -1,6 +1,6 @@
 """Breaks the optimizer in one place after another, to see whether the tests notice.
 
-    pip install -e ".[test]" cosmic-ray && python .ci/mutate.py --sample 150
+    pip install -e ".[test]" cosmic-ray && python .ci/mutate.py --sample 110
 
 Cosmic Ray finds the places: numbers, operators, comparisons, conditions, loops and
 decorators. One of the changes that it knows for a place is made, in a copy of the

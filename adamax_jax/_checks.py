@@ -156,10 +156,10 @@ def check_params(params: Any, m_dtype: Any, u_dtype: Any) -> None:
     """Refuses parameter leaves that have no moving average, or not in these dtypes."""
     for path, leaf in jax.tree.leaves_with_path(params):
         check_array(path, leaf)
-        dtype = jnp.result_type(leaf)
-        where = f"The parameter at {name_of(path)} has dtype {dtype}"
         if not is_trained(leaf):
             continue
+        dtype = jnp.result_type(leaf)
+        where = f"The parameter at {name_of(path)} has dtype {dtype}"
         if float(jnp.finfo(dtype).min) >= 0:
             raise TypeError(
                 f"{where}, which has no negative numbers. Keep it in bfloat16, say, "

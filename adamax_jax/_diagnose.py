@@ -52,7 +52,7 @@ class Diagnosis:
             for i, name in enumerate(self.names)
         }
 
-    def worst(self, limit: int = 20) -> "Diagnosis":
+    def worst(self, limit: int = 40) -> "Diagnosis":
         """Some of the parameters, those first that need a look first.
 
         In the order of the largest of ``unseen``, ``stale`` and ``saturated``; NaN
@@ -94,7 +94,7 @@ class Diagnosis:
                 f"There are figures of several steps or runs, of shape {shape}: take "
                 "those of one with jax.tree.map(lambda x: x[0], diagnosis)."
             )
-        shown = self.worst(40)
+        shown = self.worst()
         # Matplotlib takes what is between two dollars for mathematics.
         names = [_short(name).replace("$", r"\$") for name in ("total", *shown.names)]
         figure = Figure(figsize=(10, 1 + 0.22 * len(names)), layout="constrained")
@@ -337,15 +337,11 @@ def _largest(x):
 
 
 def _over_all(columns):
-    return _Sums(
-        size=jnp.sum(columns.size),
-        squares=jnp.sum(columns.squares),
-        seen=jnp.sum(columns.seen),
-        stale=jnp.sum(columns.stale),
-        saturated=jnp.sum(columns.saturated),
-        largest=jnp.max(columns.largest, initial=0),
-        largest_u=jnp.max(columns.largest_u, initial=0),
-        smallest_u=jnp.min(columns.smallest_u, initial=_largest(columns.smallest_u)),
+    return _put_together(
+        columns,
+        jnp.sum,
+        functools.partial(jnp.max, initial=0),
+        functools.partial(jnp.min, initial=_largest(columns.smallest_u)),
     )
 
 
@@ -353,16 +349,16 @@ def _over_groups(columns, groups):
     """The columns of groups, from those of parameters and the group of each."""
     if not groups:
         return columns
-    add, largest, smallest = (
-        functools.partial(
-            function, segment_ids=jnp.array(groups), num_segments=1 + max(groups)
-        )
-        for function in (
-            jax.ops.segment_sum,
-            jax.ops.segment_max,
-            jax.ops.segment_min,
-        )
+    ids, size = jnp.array(groups), 1 + max(groups)
+    return _put_together(
+        columns,
+        functools.partial(jax.ops.segment_sum, segment_ids=ids, num_segments=size),
+        functools.partial(jax.ops.segment_max, segment_ids=ids, num_segments=size),
+        functools.partial(jax.ops.segment_min, segment_ids=ids, num_segments=size),
     )
+
+
+def _put_together(columns, add, largest, smallest):
     return _Sums(
         size=add(columns.size),
         squares=add(columns.squares),

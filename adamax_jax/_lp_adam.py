@@ -124,6 +124,8 @@ def scale_by_lp_adam(
     is rounded at every step: it is stored in float32 at least, also where the
     parameters have fewer bits. m has the parameters' dtype and is rounded as AdaMax's,
     without bias.
+    Integers, booleans and keys among the parameters have no state, as in
+    :func:`scale_by_adamax`.
 
     Args:
       p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.

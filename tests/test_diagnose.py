@@ -412,7 +412,7 @@ def test_not_a_number_is_not_hidden_in_a_group():
 def test_a_plot_shows_the_same_numbers():
     diagnosis = many()
     figure = diagnosis.plot()
-    shown = diagnosis.worst(40)
+    shown = diagnosis.worst()
     panels = dict(
         zip(("rms", "unseen", "stale", "saturated"), figure.axes, strict=True)
     )

@@ -120,14 +120,19 @@ def test_the_count_stops_at_its_largest_number(make):
     g = jnp.array([[1.0, -2.0, 2.0]])
     state, other = optimizer.init(g), optimizer.init(g)
     update, largest = jax.jit(optimizer.update), np.iinfo(np.int32).max
-    for _ in range(400):
-        step, state = update(g, state)
-        if int(state.count) == 200:
+    for t in range(400):
+        if t == 200:
             state = state._replace(count=jnp.int32(largest - 2))
-        beside, other = update(g, other)
+        # The mean has to move after that.
+        g_t = g if t < 300 else -g
+        step, state = update(g_t, state)
+        beside, other = update(g_t, other)
     assert int(state.count) == largest
-    atol = 0.15 if jnp.int8 in [m.dtype for m in jax.tree.leaves(state.m)] else 0.005
-    np.testing.assert_allclose(step, beside, atol=atol)
+    off = np.max(np.abs(step - beside))
+    if jnp.int8 in [m.dtype for m in jax.tree.leaves(state.m)]:
+        assert 0.1 < off < 0.4
+    else:
+        assert off < 0.005
 
 
 # The largest deviations in a million steps: of u, of m relative to u, and of a step.
