@@ -45,6 +45,7 @@ from adamax_jax._storage import (
     M_DTYPES,
     U_DTYPES,
     arithmetic_dtype,
+    as_rounded,
     as_stored,
     decay_scale,
     dither,
@@ -128,23 +129,26 @@ def scale_by_adamax(
 
     **Bounded growth.** One gradient of k times the usual size holds a coordinate back
     for ``ln(k) / (1 - b2)`` steps, until u has forgotten it. With ``max_growth`` u
-    grows by at most this factor (and by ``eps``) in one step. What exceeds it is cut
-    off, before m and u see it::
+    grows by at most this factor in one step, and m sees of a gradient no more than u
+    does::
 
-      g_t = g_t * min(1, max_growth * u_{t-1} / |g_t|)   where u_{t-1} > 2 * eps
+      u_t = max(b2 * u_{t-1}, min(|g_t| + eps, max_growth * u_{t-1}))
+      m_t = b1 * m_{t-1} + (1 - b1) * g_t * min(1, u_t / |g_t|)
 
-    and the rest is AdaMax of these gradients, within the bound above. A u that is no
-    larger than that, or at the smallest number of its dtype, takes any gradient: it has
-    not seen one yet, or not for so long that u has decayed. An infinite gradient is cut
-    off as well, unless it is the first or complex; NaN is not. So u does not follow the
-    maximum of the gradients but a quantile: where a share s of them raises u by the
-    factor and the others lie below u, it stands still if
+    where ``u_{t-1} > 2 * eps``, with u_t as it is stored. The bound above holds. A u
+    that is no larger than that, or at the smallest number of its dtype, takes any
+    gradient: it has not seen one yet, or not for so long that u has decayed. An
+    infinite gradient is cut off as well, unless it is the first or complex; NaN is not.
+
+    So u does not follow the maximum of the gradients but a quantile: where a share s of
+    them raises u by the factor and the others lie below u, it stands still if
     ``s ln(max_growth) = -(1 - s) ln(b2)``. At ``b2=0.99, max_growth=1.1`` this share is
     10 %. Where fewer gradients than that differ from 0, as of rare words, u decays, and
-    steps tell little more than the sign. Below 32 bits u grows to the next number of
-    its dtype at least, or it could not grow at all, and is rounded then: at
-    ``b2=0.99``, for factors up to 1.1, by 13 to 25 % in uint8 and float8_e5m2 and by 5
-    to 13 % in float8_e4m3fn. So a uint8 u follows a higher quantile (about 5 %).
+    steps tell little more than the sign.
+    Below 32 bits u grows to the next number of its dtype at least, or it could not grow
+    at all, and is rounded then: at ``b2=0.99``, for factors up to 1.1, by 13 to 25 % in
+    uint8 and float8_e5m2 and by 5 to 13 % in float8_e4m3fn. So a uint8 u follows a
+    higher quantile (about 5 %).
 
     **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
     without drift: each stored number is the exact one rounded once, at any age, and the
@@ -157,13 +161,14 @@ def scale_by_adamax(
     remembered. So rounding lengthens steps a little: beside a wide u the longest seen
     at the default rates, where the bound is 1.0091, were 1.04 in bfloat16, 1.011 in
     float16, 1.10 in int8, 1.13 in float8_e4m3fn and 1.25 in float8_e5m2; what rounding
-    may take off a uint8 u adds a factor of 1.14 (in float8_e5m2 of 1.18). (Compilers of
-    GPUs and TPUs may take back the rounding of m and u in a step, but not in the
-    state.) Derivatives of a step are those before that rounding. Through the state
-    they pass where it is stored in floats; int8 and uint8 are constants there, so
-    differentiate through several steps with floats alone. A state that was cast is not
-    what it was, and is refused where that can be seen: :func:`convert_state` stores it
-    in other dtypes.
+    may take off a uint8 u adds a factor of 1.14 (in float8_e5m2 of 1.18), but none with
+    ``max_growth``, which cuts gradients off at the rounded u. (Compilers of GPUs and
+    TPUs may take back the rounding of m and u in a step, but not in the state.)
+    Derivatives of a step are those before that rounding. Through the state they pass
+    where it is stored in floats; int8 and uint8 are constants there, so differentiate
+    through several steps with floats alone. A state that was cast is not what it was,
+    and is refused where that can be seen: :func:`convert_state` stores it in other
+    dtypes.
 
     **Sharing u.** With ``shared_axes`` one u stands for each slice S of a parameter
     along these axes, ::
@@ -505,11 +510,13 @@ def _update_leaf(g, stored_m, stored_u, c, rule, step_dtype):
     dtype = arithmetic_dtype(jnp.result_type(g), stored_m.dtype, stored_u.dtype)
     m, u = read(stored_m, stored_u, c.u_scale)
     g, m, u, c = cast((g, m, u, c), dtype)
-    if c.max_growth is not None:
-        g = _within_growth(g, u, stored_u, c)
     size, g = size_and_gradient(g, stored_m, stored_u)
-    norm = maximum_over(size, u.shape)
-    u = jnp.maximum(c.b2 * u, with_eps(norm, c.both, rule))
+    norm = with_eps(maximum_over(size, u.shape), c.both, rule)
+    if c.max_growth is not None:
+        norm = _within_growth(norm, u, stored_u, c)
+    u = jnp.maximum(c.b2 * u, norm)
+    if c.max_growth is not None:
+        g = at_most(g, as_rounded(u, as_stored(u, c.next_u_scale, stored_u.dtype)))
     m = next_mean(g, m, c.both)
     stored_m, stored_u = write(
         m, u, c.next_u_scale, stored_m.dtype, stored_u.dtype, c.dither
@@ -518,8 +525,8 @@ def _update_leaf(g, stored_m, stored_u, c, rule, step_dtype):
     return step.astype(step_dtype), stored_m, stored_u
 
 
-def _within_growth(g, u, stored_u, c):
-    """The gradient, cut off where u would grow by more than a factor in this step.
+def _within_growth(norm, u, stored_u, c):
+    """The norm of a gradient, cut off where u would grow by more than a factor.
 
     In few bits by one step of what is stored at least, or u could not grow at all. A u
     that has seen no gradient so far takes any.
@@ -531,7 +538,7 @@ def _within_growth(g, u, stored_u, c):
         larger = next_larger(stored_u, c.u_scale).astype(u.dtype)
         limit = jnp.maximum(limit, larger)
     floor = as_stored(2 * c.both.eps, c.u_scale, stored_u.dtype).astype(u.dtype)
-    return jnp.where(u > floor, at_most(g, limit), g)
+    return jnp.where(u > floor, jnp.minimum(norm, limit), norm)
 
 
 def _m_dtype(p, m_dtype):

@@ -28,18 +28,16 @@ def adamax(
     u = np.zeros(np.shape(gradients[0]))
     for t, g in enumerate(gradients, start=1):
         g = np.asarray(g, m.dtype)
+        norm = np.abs(g) + (eps if eps_inside else 0)
         if max_growth is not None:
             # A u that has seen no gradient takes any.
-            is_beyond = (u > 2 * eps) & (np.abs(g) > max_growth * u)
-            size = np.where(is_beyond, np.abs(g), 1)
-            g = np.where(is_beyond, g * (max_growth * u / size), g)
+            norm = np.where(u > 2 * eps, np.minimum(norm, max_growth * u), norm)
+        u = np.maximum(b2 * u, norm)
+        if max_growth is not None:
+            is_beyond = np.abs(g) > u
+            g = np.where(is_beyond, g * (u / np.where(is_beyond, np.abs(g), 1)), g)
         m = b1 * m + (1 - b1) * g
-        if eps_inside:
-            u = np.maximum(b2 * u, np.abs(g) + eps)
-            denominator = u
-        else:
-            u = np.maximum(b2 * u, np.abs(g))
-            denominator = u + eps
+        denominator = u if eps_inside else u + eps
         m_hat = m / (1 - b1**t)
         if nesterov:
             m_hat = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)

@@ -32,6 +32,8 @@ DEVICES = ("v5e", "h100")
 NOT_IDEAL = {
     ("v5e", "adamax int8 and shared u"): (5, 4),
     ("h100", "adamax int8 and shared u"): (3, 4),
+    ("v5e", "adamax int8 and shared u, bounded growth"): (5, 4),
+    ("h100", "adamax int8 and shared u, bounded growth"): (3, 4),
 }
 # XLA for TPUs copies parameters that are donated before it uses them, and once more
 # what the all-gather brings: two kernels and 16 bytes per float32 parameter, of

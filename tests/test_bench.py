@@ -29,6 +29,7 @@ LARGE, SCALARS = 100_000, 1000
 COPIES = {"own": 0, "bfloat16": 0, "two bytes": 1}
 
 every_storage = pytest.mark.parametrize("storage", STORAGES)
+bounded_or_not = pytest.mark.parametrize("max_growth", [None, 1.1])
 
 
 @pytest.fixture(autouse=True)
@@ -90,11 +91,13 @@ def test_only_an_eps_that_may_be_zero_is_tested_for_0_by_0():
 
 
 @needs_new_xla
+@bounded_or_not
 @every_storage
-def test_a_step_is_three_kernels_a_leaf(storage):
+def test_a_step_is_three_kernels_a_leaf(storage, max_growth):
     """m, u and the parameters: none computes what another has stored."""
     leaves = 20
-    ours = compiled(adamax(0.1, **STORAGES[storage]), shapes.many(leaves, LEAF))
+    optimizer = adamax(0.1, max_growth=max_growth, **STORAGES[storage])
+    ours = compiled(optimizer, shapes.many(leaves, LEAF))
     _, entry = ours.as_text().split("ENTRY")
     kernels = re.findall(rf"^ .* = \w+\[{LEAF}\]\S* ([\w-]+)\(", entry, re.MULTILINE)
     found = collections.Counter(kernels)
@@ -109,18 +112,20 @@ def temporary_bytes(*args):
 
 
 @needs_new_xla
+@bounded_or_not
 @every_storage
-def test_temporary_memory(storage):
+def test_temporary_memory(storage, max_growth):
     """None, as in Optax, or one byte."""
-    optimizer = adamax(0.1, **STORAGES[storage])
+    optimizer = adamax(0.1, max_growth=max_growth, **STORAGES[storage])
     found = temporary_bytes(optimizer, {"array": (LARGE,)})
     assert found <= COPIES[storage] * LARGE + SCALARS
 
 
 @needs_new_xla
-def test_one_byte_needs_no_temporary_memory():
+@bounded_or_not
+def test_one_byte_needs_no_temporary_memory(max_growth):
     """But for the vectors of the rows."""
-    optimizer = adamax(0.1, m_dtype="int8", shared_axes=-1)
+    optimizer = adamax(0.1, max_growth=max_growth, m_dtype="int8", shared_axes=-1)
     found = temporary_bytes(optimizer, {"array": (LARGE // 1000, 1000)})
     assert found <= 4 * 2 * LARGE // 1000 + SCALARS
 
@@ -191,7 +196,7 @@ def test_contenders_take_turns(at_once):
     assert len(set(orders)) == math.factorial(len(names))
 
 
-@pytest.mark.parametrize("name", [*bench.OPTIMIZERS, *bench.HALF])
+@pytest.mark.parametrize("name", [*bench.OPTIMIZERS, *bench.GROWTH, *bench.HALF])
 def test_a_step_is_donated_and_waited_for(name, monkeypatch):
     gradients = bench.gradients_for({"array": (LEAF,)})
     run = bench.contenders(flattened=False)[name](gradients)
@@ -300,7 +305,7 @@ def test_every_contender_takes_the_steps_of_its_optimizer():
     others = {
         "optax.adam": optax.adam,
         "lp_adam p=3": functools.partial(lp_adam, p=3),
-    }
+    } | dict.fromkeys(bench.GROWTH, functools.partial(adamax, b2=0.99, max_growth=1.1))
     # 1 was added and subtracted; a uint8 u is known to a ninth of itself, an int8 m to
     # 4 to 6 %.
     float32_error, errors = 1e-3, {"bfloat16": 0.01, "uint8": 0.2, "shared": 0.07}

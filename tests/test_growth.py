@@ -39,7 +39,7 @@ def test_a_u_of_more_than_twice_eps_is_bounded(u, is_bounded):
     optimizer = scale_by_adamax(eps=eps, max_growth=K)
     state = optimizer.init(jnp.zeros(1))._replace(u=jnp.array([u * eps]))
     _, state = optimizer.update(jnp.ones(1), state)
-    expected = K * u * eps + eps if is_bounded else 1.0
+    expected = K * u * eps if is_bounded else 1.0
     np.testing.assert_allclose(state.u, expected, rtol=1e-5)
 
 
@@ -132,7 +132,7 @@ IN_STORAGES = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES
 
 @IN_STORAGES
 def test_steps_stay_within_the_bound(storage):
-    """It is AdaMax of other gradients, so that what holds for all holds for these."""
+    """No gradient in m exceeds u, also where the rounding of u lies below it."""
     rng = np.random.default_rng(0)
     g = gradients(steps=500, size=64, decades=2).reshape(500, 8, 8)
     g *= np.where(rng.random(g.shape) < 0.02, 1e6, 1)
@@ -141,7 +141,7 @@ def test_steps_stay_within_the_bound(storage):
     updates = updates_of(
         scale_by_adamax(**DECAYS, max_growth=K, **storage), jnp.asarray(g, jnp.float32)
     )
-    rounding = 1.14 * 1.1 if storage else 1 + 1e-6
+    rounding = 1.1 if storage else 1 + 1e-6
     assert np.max(np.abs(updates)) <= BOUND * rounding
 
 

@@ -7,6 +7,7 @@ in plain JAX and Optax: the losses, parameters and state are those, to the bit.
 """
 
 import functools
+import itertools
 import math
 import warnings
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
 from sklearn.datasets import load_digits
+from test_readme import example, page, run
 from versions import as_pure, set_mesh
 
 from adamax_jax import adamax, adamaxw, convert_state, moments
@@ -107,6 +109,24 @@ def netket():
         package = installed("netket")
     jax.config.update("jax_enable_x64", before)
     return package
+
+
+@pytest.fixture(scope="module")
+def haliax():
+    """A release that runs with this JAX."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return installed("haliax")
+
+
+@pytest.fixture(scope="module")
+def tunix():
+    """Not in the extra, since it brings more than a gigabyte of other packages."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("tunix", reason="google-tunix is missing")
+        from tunix.sft import peft_trainer
+    return peft_trainer
 
 
 def installed(package):
@@ -747,3 +767,74 @@ def test_netket(netket, x64, storage):
     driver.run(60, out=netket.logging.RuntimeLog(), show_progress=False)
     # By diagonalization.
     assert float(state.expect(energy).mean.real) == pytest.approx(-7.72741, rel=0.02)
+
+
+@pytest.mark.parametrize("sharded", ["in", "hidden", "out"])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("as_it_comes")
+def test_haliax_shares_along_an_axis_that_is_not_sharded(haliax, sharded):
+    """By the recipe of the page on choosing: u can be sharded as its parameter is."""
+    names = run(example(page("choosing"), "Named axes"))
+    sizes = haliax.make_axes(**{"in": 8, "hidden": 16, "out": 4})
+    params = [
+        haliax.nn.Linear.init(*axes, key=jax.random.key(i))
+        for i, axes in enumerate(itertools.pairwise(sizes))
+    ]
+    x = haliax.random.normal(jax.random.key(2), (haliax.Axis("batch", 32), sizes[0]))
+    y = haliax.sum(x, sizes[0])
+    optimizer = adamax(
+        0.03,
+        m_dtype="int8",
+        shared_axes=names["along_unsharded"](params, {sharded}),
+    )
+
+    def cost(params):
+        first, last = params
+        output = last(haliax.nn.relu(first(x)))
+        return haliax.mean((output - y) ** 2).scalar()
+
+    losses, _, state = by_hand(cost, params, optimizer)
+    assert losses[-1] < 0.2 * losses[0]
+    u = state[0].u
+    for layer, of_layer in zip(params, u, strict=True):
+        assert of_layer.weight.axes == layer.weight.axes
+        whole, kept = layer.weight.array.shape, of_layer.weight.array.shape
+        assert math.prod(kept) < math.prod(whole)
+        for axis, size, kept_size in zip(layer.weight.axes, whole, kept, strict=True):
+            assert axis.name != sharded or kept_size == size
+
+
+@pytest.mark.parametrize(
+    "storage", [{}, TWO_BYTES, {"m_dtype": "int8", "shared_axes": -1}]
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("as_it_comes")
+def test_tunix(tunix, storage):
+    """Its trainer, which accumulates the gradients of two batches."""
+    tokens = (jnp.arange(16) + jnp.arange(8)[:, None]) % 32
+    batch = tunix.TrainingInput(input_tokens=tokens, input_mask=jnp.ones_like(tokens))
+
+    def cost(model, input_tokens, input_mask):
+        logits = model(input_tokens[:, :-1])
+        return cross_entropy(logits, input_tokens[:, 1:])
+
+    def trained(optimizer):
+        rngs = nnx.Rngs(0)
+        model = nnx.Sequential(
+            nnx.Embed(32, 16, rngs=rngs), nnx.Linear(16, 32, rngs=rngs)
+        )
+        config = tunix.TrainingConfig(
+            eval_every_n_steps=1000, max_steps=STEPS, gradient_accumulation_steps=2
+        )
+        trainer = tunix.PeftTrainer(model, optimizer, config).with_loss_fn(cost)
+        trainer = trainer.with_gen_model_input_fn(
+            lambda x: {"input_tokens": x.input_tokens, "input_mask": x.input_mask}
+        )
+        trainer.train([batch] * 2 * STEPS)
+        return float(cost(model, tokens, None))
+
+    loss = trained(adamax(0.1, **storage))
+    # Guessing one of 32 costs 3.5 nats.
+    assert loss < 0.5
+    if not storage:
+        assert loss == pytest.approx(trained(optax.adamax(0.1)), rel=1e-3)

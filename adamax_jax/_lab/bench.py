@@ -33,6 +33,7 @@ import optax
 from adamax_jax._lab import compiled, shapes, targets
 from adamax_jax._lab.cli import Command, environment, figure_path, positive_int
 from adamax_jax._lab.contenders import (
+    GROWTH,
     HALF,
     LEARNING_RATE,
     OPTIMIZERS,
@@ -163,7 +164,9 @@ def _flash_run(gradients):
 def contenders(flattened: bool) -> dict[str, Callable[[Tree], Any]]:
     """What makes the run of each contender, given the gradients."""
     makers: dict[str, Callable[[Tree], Any]] = {"copy": CopyRun}
-    optimizers = OPTIMIZERS | {SHARED_NAME: SHARED, AGAIN: OPTIMIZERS[REFERENCE]}
+    optimizers = (
+        OPTIMIZERS | {SHARED_NAME: SHARED, AGAIN: OPTIMIZERS[REFERENCE]} | GROWTH
+    )
     for name, optimizer in (optimizers | (FLATTENED if flattened else {})).items():
         makers[name] = functools.partial(JaxRun, optimizer.init, optax_step(optimizer))
     for name, optimizer in HALF.items():

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import AxisType, Mesh
 
 from adamax_jax._lab.contenders import (
+    GROWTH,
     HALF,
     OPTIMIZERS,
     REFERENCE,
@@ -45,7 +46,7 @@ class Contender(NamedTuple):
 
 def contenders() -> dict[str, Contender]:
     """By their names; what comes before a colon says what else they are compared to."""
-    whole = OPTIMIZERS | {SHARED_NAME: SHARED}
+    whole = OPTIMIZERS | {SHARED_NAME: SHARED} | GROWTH
     half = HALF | {
         f"bfloat16: {name}": OPTIMIZERS[name]
         for name in ("adamax bfloat16/bfloat16", "adamax int8/uint8")
