@@ -144,11 +144,10 @@ def scale_by_adamax(
     them raises u by the factor and the others lie below u, it stands still if
     ``s ln(max_growth) = -(1 - s) ln(b2)``. At ``b2=0.99, max_growth=1.1`` this share is
     10 %. Where fewer gradients than that differ from 0, as of rare words, u decays, and
-    steps tell little more than the sign.
-    Below 32 bits u grows to the next number of its dtype at least, or it could not grow
-    at all, and is rounded then: at ``b2=0.99``, for factors up to 1.1, by 13 to 25 % in
-    uint8 and float8_e5m2 and by 5 to 13 % in float8_e4m3fn. So a uint8 u follows a
-    higher quantile (about 5 %).
+    steps tell little more than the sign. Below 32 bits u grows to the next number of
+    its dtype at least, or it could not grow at all, and is rounded then: at
+    ``b2=0.99``, for factors up to 1.1, by 13 to 25 % in uint8 and float8_e5m2 and by 5
+    to 13 % in float8_e4m3fn. So a uint8 u follows a higher quantile (about 5 %).
 
     **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
     without drift: each stored number is the exact one rounded once, at any age, and the

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from adamax_jax._complex import dtype_like
@@ -217,10 +218,13 @@ def check_rounding(
 def check_state(state: Any, kind: type) -> None:
     """Refuses a state of another type than the optimizer's own."""
     if not isinstance(state, kind):
+        hint = ""
+        if isinstance(state, optax.ScaleByAdamState):
+            hint = "; from_optax converts that of optax.adamax"
         raise TypeError(
             f"The state is a {type(state).__name__}, but this optimizer's is a "
             f"{kind.__name__}, which its init returns. Restore a checkpoint into such "
-            "a state; insert_state puts in the state of another AdaMax."
+            f"a state; insert_state puts in the state of another AdaMax{hint}."
         )
 
 
@@ -412,7 +416,7 @@ def _leaf_problem(g, moment):
         return ValueError, (
             f"shape {jnp.shape(g)}, but the optimizer state has {moment!r} there: at "
             "init, the parameter was no array of floating-point or complex numbers. "
-            "Its gradient must be None."
+            "Its gradient must be None, also where jax.grad(allow_int=True) has float0."
         )
     if jnp.shape(g) != moment.shape:
         return ValueError, (

@@ -14,10 +14,9 @@ from jax.typing import ArrayLike
 
 from adamax_jax._checks import check_eps
 from adamax_jax._complex import cast, number
-from adamax_jax._lp_adam import ScaleByLpAdamState
 from adamax_jax._paths import name_of
 from adamax_jax._quotient import quotient
-from adamax_jax._state import find_states, scale_of
+from adamax_jax._state import scale_of, some_states
 from adamax_jax._storage import arithmetic_dtype, as_stored, is_saturated, read
 
 # |m| below this share of u: recent gradients are far below those that u remembers.
@@ -247,9 +246,7 @@ def diagnose(
     eps = check_eps("eps", eps)
     if depth is not None and (type(depth) is not int or depth < 1):
         raise ValueError(f"depth must be None or an integer above 0, got {depth!r}.")
-    found = find_states(state)
-    if not found:
-        raise ValueError(f"The state holds no ScaleByAdamaxState.{_hint(state)}")
+    found = some_states(state)
     names, rows = [], []
     for state_path, adamax_state in found:
         prefix = jax.tree_util.keystr(state_path) if len(found) > 1 else ""
@@ -269,18 +266,6 @@ def diagnose(
         columns = _over_groups(columns, [groups.index(name) for name in names])
         names = groups
     return Diagnosis(total=_figures(total), table=_figures(columns), names=tuple(names))
-
-
-def _hint(state):
-    """What can be read of a state in which there is no AdaMax of this library."""
-    if find_states(state, optax.ScaleByAdamState):
-        return " It is Optax's: if its optimizer is an adamax, use from_optax first."
-    if find_states(state, ScaleByLpAdamState):
-        return (
-            " That of lp_adam and scale_by_lp_adam has a u that is a mean of the "
-            "gradients and remembers no maximum, of which these figures are."
-        )
-    return ""
 
 
 class _Sums(NamedTuple):

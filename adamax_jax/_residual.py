@@ -11,7 +11,7 @@ from adamax_jax._checks import check_array, check_dtype, check_state, is_array
 from adamax_jax._halves import is_half, join, split, step, threshold_of
 from adamax_jax._leaves import leaves_beside
 from adamax_jax._paths import name_of, path_finder
-from adamax_jax._state import find_states, map_states, place
+from adamax_jax._state import map_states, place, some_states
 
 
 class MasterWeightsState(NamedTuple):
@@ -289,12 +289,9 @@ class _Residuals:
     """The residuals in a state, by the paths of their parameters."""
 
     def __init__(self, state):
-        found = find_states(state, MasterWeightsState)
-        if not found:
-            raise ValueError("The state holds no MasterWeightsState.")
         self._unused = {
             path: leaf
-            for _, part in found
+            for _, part in some_states(state, MasterWeightsState)
             for path, leaf in jax.tree.leaves_with_path(part.residual)
         }
         self._find = path_finder(self._unused)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from adamax_jax._adamax import ScaleByAdamaxState
 from adamax_jax._checks import check_complex, check_dtype
 from adamax_jax._complex import cast, dtype_like
+from adamax_jax._lp_adam import ScaleByLpAdamState
 from adamax_jax._paths import is_inside, name_of, path_finder
 from adamax_jax._shared import can_reshare, reshare
 from adamax_jax._storage import (
@@ -159,11 +160,25 @@ def find_states(
     return [(path, leaf) for path, leaf in leaves if isinstance(leaf, kind)]
 
 
+def some_states(
+    state: optax.OptState, kind: type = ScaleByAdamaxState
+) -> list[tuple[Any, Any]]:
+    """As :func:`find_states`, which must find one at least."""
+    found = find_states(state, kind)
+    if not found:
+        raise ValueError(f"The state holds no {kind.__name__}.{_hint(state, kind)}")
+    return found
+
+
 def only_state(state: optax.OptState) -> ScaleByAdamaxState:
     """The one AdaMax in an optimizer's state."""
-    found = find_states(state)
+    found = some_states(state)
     if len(found) != 1:
-        raise ValueError(f"The state holds {len(found)} ScaleByAdamaxState, not one.")
+        places = ", ".join(name_of(path) for path, _ in found)
+        raise ValueError(
+            f"The state holds {len(found)} ScaleByAdamaxState, not one: at {places}. "
+            "Give this function one of them."
+        )
     return found[0][1]
 
 
@@ -173,8 +188,7 @@ def map_states(
     kind: type = ScaleByAdamaxState,
 ) -> optax.OptState:
     """An optimizer's state with a function applied to the states of a type in it."""
-    if not find_states(state, kind):
-        raise ValueError(f"The state holds no {kind.__name__}.")
+    some_states(state, kind)
     return jax.tree.map(
         lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf,
         state,
@@ -209,6 +223,20 @@ def unwrapped(scalar: Any) -> jax.Array:
     """The array in a scalar that may be wrapped, as Flax NNX does."""
     (array,) = jax.tree.leaves(scalar)
     return array
+
+
+def _hint(state, kind):
+    """What to do with a state in which AdaMax's was looked for, and another is."""
+    if kind is not ScaleByAdamaxState:
+        return ""
+    if find_states(state, optax.ScaleByAdamState):
+        return " It is Optax's: if its optimizer is an adamax, use from_optax first."
+    if find_states(state, ScaleByLpAdamState):
+        return (
+            " It is that of lp_adam, whose u is a mean of the gradients, not their "
+            "maximum: this function is for AdaMax alone."
+        )
+    return ""
 
 
 def _convert(state, m_dtype, u_dtype):

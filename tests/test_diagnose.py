@@ -16,7 +16,6 @@ from adamax_jax import (
     adamax,
     convert_state,
     diagnose,
-    lp_adam,
     moments,
 )
 
@@ -441,12 +440,3 @@ def test_of_no_runs_there_are_no_numbers():
     assert str(diagnosis).split().count("-") == 2 * len(FIGURES)
     with pytest.raises(ValueError, match="limit must be at least 0, got -1"):
         many().worst(-1)
-
-
-def test_states_that_it_cannot_read_are_named():
-    with pytest.raises(ValueError, match=r"It is Optax's.*from_optax"):
-        diagnose(optax.adamax(0.1).init(jnp.ones(2)))
-    with pytest.raises(ValueError, match=r"lp_adam.*remembers no maximum"):
-        diagnose(lp_adam(0.1, p=3.0).init(jnp.ones(2)))
-    with pytest.raises(ValueError, match=r"holds no ScaleByAdamaxState\.$"):
-        diagnose(optax.sgd(0.1).init(jnp.ones(2)))

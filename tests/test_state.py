@@ -27,6 +27,7 @@ from adamax_jax import (
     diagnose,
     from_optax,
     insert_state,
+    lp_adam,
     moments,
     scale_by_adamax,
     to_optax,
@@ -53,11 +54,38 @@ def optax_mixes_dtypes():
 
 
 def test_moments_needs_one_state():
-    with pytest.raises(ValueError, match="holds 0 ScaleByAdamaxState"):
-        moments(optax.adam(1e-3).init(jnp.ones(1)))
     state = adamax().init(jnp.ones(1))
-    with pytest.raises(ValueError, match="holds 2 ScaleByAdamaxState"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds 2 ScaleByAdamaxState, not one: at \[0\]\[0\], \[1\]\[0\]",
+    ):
         moments((state, state))
+
+
+READERS = {
+    "moments": moments,
+    "convert_state": functools.partial(convert_state, m_dtype="int8"),
+    "insert_state": lambda state: insert_state(adamax().init(jnp.ones(1)), state),
+    "diagnose": diagnose,
+    "to_optax": to_optax,
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_states_that_are_not_of_adamax_are_named(read):
+    for optimizer, message in (
+        (optax.adamax(0.1), r"\. It is Optax's.*from_optax"),
+        (lp_adam(0.1, p=3.0), r"\. It is that of lp_adam.* a mean"),
+        (optax.sgd(0.1), r"\.$"),
+    ):
+        with pytest.raises(ValueError, match="holds no ScaleByAdamaxState" + message):
+            read(optimizer.init(jnp.ones(1)))
+
+
+def test_an_update_names_the_function_that_converts():
+    state = optax.adamax(0.1).init(jnp.ones(1))
+    with pytest.raises(TypeError, match=r"is a ScaleByAdamState, .*; from_optax"):
+        adamax(0.1).update(jnp.ones(1), state)
 
 
 def test_ensembles_are_converted_member_by_member():
@@ -295,7 +323,7 @@ def test_states_that_do_not_fit_are_not_inserted():
 
 
 def test_insert_state_needs_one_state():
-    with pytest.raises(ValueError, match="holds 0 ScaleByAdamaxState, not one"):
+    with pytest.raises(ValueError, match="holds no ScaleByAdamaxState"):
         insert_state(optax.adam(0.1).init(PARAMS), adamax().init(PARAMS)[0])
 
 
