@@ -105,7 +105,7 @@ def scale_by_adamax(
       u_t = max(b2 * u_{t-1}, |g_t| + eps)
       update_t = m_t / ((1 - b1^t) * u_t)
 
-    An update is a pure number: it has no unit, and for ``b1 < b2`` never exceeds in
+    An update is dimensionless, and for ``b1 < b2`` never exceeds in
     magnitude ::
 
       (1 - b1) / (1 - b1^t) * (1 - (b1 / b2)^t) / (1 - b1 / b2)
@@ -122,10 +122,10 @@ def scale_by_adamax(
     either updates or zeros like the gradients then need gradients in the parameters'
     dtype: cast them before.) Complex gradients count by their modulus. A gradient of
     ``None`` leaves that part of the state as it is, or counts as zero where u is stored
-    below 32 bits, since that decays with all the others. Integers, booleans and keys
-    among the parameters have no gradients: they may be there, the state is None for
-    them, and so must be their gradients. So is their update, which
-    ``optax.apply_updates`` does not take: use ``eqx.apply_updates``, or leave them out.
+    below 32 bits, since that decays with all the others. Integer, boolean and
+    key parameters are allowed: their state and update are None, and their gradients
+    must be. ``optax.apply_updates`` does not take None for an update: use
+    ``eqx.apply_updates``, or leave such parameters out.
 
     **Bounded growth.** One gradient of k times the usual size holds a coordinate back
     for ``ln(k) / (1 - b2)`` steps, until u has forgotten it. With ``max_growth`` u
@@ -136,8 +136,8 @@ def scale_by_adamax(
       m_t = b1 * m_{t-1} + (1 - b1) * g_t * min(1, u_t / |g_t|)
 
     where ``u_{t-1} > 2 * eps``, with u_t as it is stored. The bound above holds. A u
-    that is no larger than that, or at the smallest number of its dtype, takes any
-    gradient: it has not seen one yet, or not for so long that u has decayed. An
+    of at most ``2 * eps``, or at the smallest number of its dtype, takes any gradient:
+    it has seen none yet, or none for so long that it has decayed. An
     infinite gradient is cut off as well, unless it is the first or complex; NaN is not.
 
     So u does not follow the maximum of the gradients but a quantile: where a share s of
@@ -146,7 +146,7 @@ def scale_by_adamax(
     10 %. Where fewer gradients than that differ from 0, as of rare words, u decays, and
     steps tell little more than the sign. Below 32 bits u grows to the next number of
     its dtype at least, or it could not grow at all, and is rounded then: at
-    ``b2=0.99``, for factors up to 1.1, by 13 to 25 % in uint8 and float8_e5m2 and by 5
+    ``b2=0.99``, for factors up to 1.1, by 13 to 24 % in uint8 and float8_e5m2 and by 5
     to 13 % in float8_e4m3fn. So a uint8 u follows a higher quantile (about 5 %).
 
     **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
@@ -155,9 +155,9 @@ def scale_by_adamax(
     above its largest number count as that, for m as for u; u below its smallest counts
     as that. An m below 32 bits is an average and cannot be exact. It is rounded up or
     down in proportion to its place between two numbers, by a hash of ``count``, without
-    random keys: so it has no bias, small means are not lost, and where gradients stop
-    it ends as it should. The step is taken from what is stored: what is done is what is
-    remembered. So rounding lengthens steps a little: beside a wide u the longest seen
+    random keys: so it has no bias, small means are not lost, and when gradients stop
+    it decays to 0. The step uses the stored, rounded values, so that it always matches
+    the state. So rounding lengthens steps a little: beside a wide u the longest seen
     at the default rates, where the bound is 1.0091, were 1.04 in bfloat16, 1.011 in
     float16, 1.10 in int8, 1.13 in float8_e4m3fn and 1.25 in float8_e5m2; what rounding
     may take off a uint8 u adds a factor of 1.14 (in float8_e5m2 of 1.18), but none with
@@ -176,18 +176,18 @@ def scale_by_adamax(
 
     and being a maximum of maxima, it is the largest of the slice's element-wise u, to
     the bit, and but for the rounding of m no step is longer than the element-wise one
-    (both without ``max_growth``). The bound above holds. It keeps size 1 along
-    these axes, and where it is left, 4 bytes for each row of a matrix are little: with
-    m in int8 the state has one byte per parameter. (float8 is too coarse there for the
-    means of coordinates far below the slice's largest.) Which axes are shared, the
-    update reads from the shapes of the state, but it refuses a state that shares none
-    where the optimizer shares some, or the other way round; ``optax.flatten`` leaves
-    none. Where parameters are sharded along a shared axis, the maximum is all that
-    devices exchange; in ``jax.shard_map`` each would take the maximum over its own
-    part, and Flax's partitioning metadata, which u inherits, cannot be met by its size
-    of 1: shard along other axes there.
+    (both without ``max_growth``). The bound above holds. It keeps size 1 along these
+    axes, and where it is left, 4 bytes for each row of a matrix are little: with m in
+    int8 the state has one byte per parameter. (float8 is too coarse there for the means
+    of coordinates far below the slice's largest.) The update reads from the state's
+    shapes which axes are shared, but it refuses a state that shares none where the
+    optimizer shares some, or the other way round; ``optax.flatten`` leaves none. Where
+    parameters are sharded along a shared axis, the maximum is all that devices
+    exchange; in ``jax.shard_map`` each would take the maximum over its own part, and
+    Flax's partitioning metadata, which u inherits, cannot be met by its size of 1:
+    shard along other axes there.
 
-    **Not-a-number and infinity** (what ``max_growth`` does not cut off of it) are
+    **Not-a-number and infinity** (unless ``max_growth`` cuts it off) are
     carried by the update in every storage, and kept by the state, so that the
     coordinate stays NaN (or infinite); only a uint8 u becomes
     its largest number. A shared u hands that on to its whole slice (a NaN not always

@@ -196,9 +196,9 @@ def diagnose(
       where it creeps up while the loss goes to zero, gradients have become small: the
       run has converged, or a smaller ``b2`` lets u follow them.
     ``decades``
-      The decimal logarithm of the largest u by the smallest, unseen coordinates aside:
-      how badly the problem is scaled, and what ``u_dtype`` must span. uint8 spans 18
-      decades, float16 11, float8_e5m2 9, float8_e4m3fn 5.
+      The decimal logarithm of the largest u over the smallest, without unseen
+      coordinates: how badly the problem is scaled, and what ``u_dtype`` must span.
+      uint8 spans 18 decades, float16 11, float8_e5m2 9, float8_e4m3fn 5.
     ``saturated``
       The fraction of coordinates whose stored m or u is at an end of the range of its
       dtype (of u: its smallest number, or its largest, where gradients are cut off),

@@ -236,8 +236,9 @@ def lp_adam(
     arguments that are not listed here: Adam at p = 2 (with the square root of its
     ``b2``), AdaMax at p = infinity, and stable between them. The larger p, the closer
     is the longest step to the learning rate (to within 1 %), and the more do large
-    first gradients count: warm up, or lower ``b2``. In this package's study (its
-    README) no p above 2 was clearly better than Adam.
+    first gradients count: warm up, or lower ``b2``. In
+    ``notebooks/05_from_adam_to_adamax.ipynb`` no p above 2 was clearly better than
+    Adam.
 
     Args:
       learning_rate: A number, a scalar array, or a schedule from the count of updates,

@@ -67,11 +67,11 @@ def master_weights(
     rounded. Parameters in 32 bits or more, and complex ones, have no residual: the
     optimizer updates them as it would without this wrapper.
 
-    **Updates** are in float32 for all parameters with a residual: one in bfloat16 could
-    not say how to come from one bfloat16 number to another. ``optax.apply_updates`` and
-    ``flax.nnx.Optimizer`` make p of them; ``equinox.apply_updates`` would turn the
-    parameters into float32: use Optax's, of ``eqx.filter(model,
-    eqx.is_inexact_array)``, and ``eqx.combine``. Under
+    **Updates** are in float32 for all parameters with a residual: one in bfloat16
+    cannot always lead exactly from one bfloat16 number to another.
+    ``optax.apply_updates`` and ``flax.nnx.Optimizer`` add them to p;
+    ``equinox.apply_updates`` would turn the parameters into float32: use Optax's, of
+    ``eqx.filter(model, eqx.is_inexact_array)``, and ``eqx.combine``. Under
     ``jax.numpy_dtype_promotion("strict")`` neither adds float32 to bfloat16: allow
     "standard" around that addition.
 

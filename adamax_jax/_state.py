@@ -108,7 +108,7 @@ def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.O
     one shared it is repeated.
 
     (``optax.tree.set`` would leave m and u as they are inside
-    ``optax.inject_hyperparams``, without a word.)
+    ``optax.inject_hyperparams``, silently.)
 
     Args:
       state: What the optimizer's ``init`` returned, with one

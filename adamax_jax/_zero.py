@@ -24,13 +24,13 @@ def zero_shardings(
 ) -> optax.OptState:
     """Shardings that spread an optimizer's state over one axis of a mesh.
 
-    Data-parallel training keeps a copy of the parameters on every device, and without
-    need a copy of the optimizer's state. With these shardings each of the N devices
+    Data-parallel training keeps a copy of the parameters on every device, and
+    needlessly one of the optimizer's state. With these shardings each of the N devices
     along ``axis`` keeps and updates 1/N of it (ZeRO stage 1). What is computed stays
     the same; the compiler adds the one exchange that brings the updates together.
 
     They work for the state of any Optax optimizer. An array that belongs to a parameter
-    (the shape is the same, and no other path ends more alike) is sharded over
+    (of the same shape, with the longest common path suffix) is sharded over
     ``mesh`` as the parameter is and over ``axis`` in addition, unless it is already
     (FSDP). The axis goes to the first dimension that it divides, preferably one that is
     not sharded yet. An array that differs only in axes of size 1, as AdaMax's shared u,
@@ -39,7 +39,7 @@ def zero_shardings(
 
     Give them to ``jax.jit`` twice: for ``init``, so that the state is never whole on
     one device, and for the training step, without which the compiler may choose to
-    divide the new parameters as well. Call this function outside of ``jax.jit``, where
+    shard the new parameters as well. Call this function outside of ``jax.jit``, where
     arrays know how they are sharded. A state that exists takes them too: that of
     ``flax.nnx.Optimizer`` has the same leaves in other containers, so that
     ``jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(shardings))`` are
