@@ -336,16 +336,15 @@ class TestTraining:
     """A model trained with residuals is one trained with float32 master weights."""
 
     OPTIMIZERS = (
-        pytest.param(adamax(1e-3), marks=pytest.mark.long),
-        pytest.param(
-            adamax(1e-3, m_dtype="int8", u_dtype="uint8"), marks=pytest.mark.long
-        ),
-        pytest.param(optax.adam(1e-3, mu_dtype=jnp.float32), marks=pytest.mark.long),
+        adamax(1e-3),
+        adamax(1e-3, m_dtype="int8", u_dtype="uint8"),
+        optax.adam(1e-3, mu_dtype=jnp.float32),
         optax.chain(
             optax.clip_by_global_norm(1.0), adamax(optax.linear_schedule(1e-2, 0, 1000))
         ),
     )
 
+    @pytest.mark.long
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     def test_a_thousand_steps(self, optimizer):
         """In a scan, from weights that are not rounded."""

@@ -250,17 +250,27 @@ def check_bfloat16_models():
     mesh = mesh_of(AxisType.Auto)
     g = np.random.default_rng(0).normal(size=[40, 4096]).astype(jnp.bfloat16)
     params = jnp.ones(4096, jnp.bfloat16)
-    for name, storage in STORAGES.items():
-        optimizer = adamax(0.01, **storage)
-        shardings = zero_shardings(optimizer, params, mesh, "data")
-        states = []
-        for sharding in (None, shardings):
-            state = jax.jit(optimizer.init, out_shardings=sharding)(params)
-            step = jax.jit(optimizer.update, out_shardings=(None, sharding))
-            for g_t in g:
-                _, state = step(jnp.asarray(g_t), state)
-            states.append(state[0])
-        one, eight = (jax.tree.map(np.asarray, state) for state in states)
+    optimizers = {name: adamax(0.01, **storage) for name, storage in STORAGES.items()}
+
+    def init(params):
+        return {name: tx.init(params) for name, tx in optimizers.items()}
+
+    def update(g, states):
+        return {name: tx.update(g, states[name])[1] for name, tx in optimizers.items()}
+
+    shardings = {
+        name: zero_shardings(tx, params, mesh, "data")
+        for name, tx in optimizers.items()
+    }
+    ends = []
+    for sharding in (None, shardings):
+        states = jax.jit(init, out_shardings=sharding)(params)
+        step = jax.jit(update, out_shardings=sharding)
+        for g_t in g:
+            states = step(jnp.asarray(g_t), states)
+        ends.append(states)
+    for name in STORAGES:
+        one, eight = (jax.tree.map(np.asarray, states[name][0]) for states in ends)
         rest = [state._replace(m=state.count) for state in (eight, one)]
         assert_same_bits(*rest, name)
         m, u, other = (np.asarray(x) for x in (*moments(one), moments(eight)[0]))
