@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from jax import lax
 from sequences import gradients, trajectory, updates_of
 
 from adamax_jax import adamax, adamaxw, diagnose, moments, scale_by_adamax
@@ -143,6 +144,20 @@ def test_steps_stay_within_the_bound(storage):
     )
     rounding = 1.1 if storage else 1 + 1e-6
     assert np.max(np.abs(updates)) <= BOUND * rounding
+
+
+@U_DTYPES
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+def test_no_gradient_exceeds_the_u_of_its_step_as_it_is_stored(u_dtype, dtype):
+    """Without momentum, so that a step is the gradient by u."""
+    g = jnp.asarray(gradients(steps=200, size=64, decades=2), jnp.float32)
+    if dtype == jnp.complex64:
+        g = lax.complex(g, g[::-1])
+    optimizer = scale_by_adamax(
+        b1=0.0, b2=0.98, max_growth=K, m_dtype="float32", u_dtype=u_dtype
+    )
+    size = np.abs(updates_of(optimizer, g))
+    assert size.max() == pytest.approx(1, abs=2e-6)
 
 
 @IN_STORAGES
