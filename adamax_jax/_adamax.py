@@ -137,8 +137,9 @@ def scale_by_adamax(
 
     where ``u_{t-1} > 2 * eps``, with u_t as it is stored. The bound above holds. A u
     of at most ``2 * eps``, or at the smallest number of its dtype, takes any gradient:
-    it has seen none yet, or none for so long that it has decayed. An
-    infinite gradient is cut off as well, unless it is the first or complex; NaN is not.
+    it has seen none yet, or none for so long that it has decayed. So ``eps`` must be
+    well below the gradients: where they are smaller, nothing is bounded. An infinite
+    gradient is cut off as well, unless u takes any or it is complex; NaN is not.
 
     So u does not follow the maximum of the gradients but a quantile: where a share s of
     them raises u by the factor and the others lie below u, it stands still if
@@ -147,7 +148,9 @@ def scale_by_adamax(
     steps tell little more than the sign. Below 32 bits u grows to the next number of
     its dtype at least, or it could not grow at all, and is rounded then: at
     ``b2=0.99``, for factors up to 1.1, by 13 to 24 % in uint8 and float8_e5m2 and by 5
-    to 13 % in float8_e4m3fn. So a uint8 u follows a higher quantile (about 5 %).
+    to 13 % in float8_e4m3fn. (That is for their normal numbers, in float8_e4m3fn
+    from 0.016 on; below, u grows by more.) A uint8 u therefore follows a higher
+    quantile (about 6 %).
 
     **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
     without drift: each stored number is the exact one rounded once, at any age, and the
@@ -530,13 +533,16 @@ def _within_growth(norm, u, stored_u, c):
     In few bits by one step of what is stored at least, or u could not grow at all. A u
     that has seen no gradient so far takes any.
     """
-    # Finite, so that an infinity is cut off too.
-    largest = number(float(jnp.finfo(u.dtype).max), u.dtype)
-    limit = jnp.minimum(c.max_growth * u, largest)
+    limit, floor = c.max_growth * u, 2 * c.both.eps
     if not is_wide(stored_u.dtype):
         larger = next_larger(stored_u, c.u_scale).astype(u.dtype)
         limit = jnp.maximum(limit, larger)
-    floor = as_stored(2 * c.both.eps, c.u_scale, stored_u.dtype).astype(u.dtype)
+        # Not 0, so that the floor is the smallest number at least.
+        floor = jnp.maximum(floor, 4 * float(jnp.finfo(jnp.float32).tiny))
+        floor = as_stored(floor, c.u_scale, stored_u.dtype).astype(u.dtype)
+    # Finite, so that an infinity is cut off too.
+    largest = number(float(jnp.finfo(u.dtype).max), u.dtype)
+    limit = jnp.minimum(limit, largest)
     return jnp.where(u > floor, jnp.minimum(norm, limit), norm)
 
 

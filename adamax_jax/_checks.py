@@ -222,7 +222,7 @@ def check_state(state: Any, kind: type) -> None:
         if isinstance(state, optax.ScaleByAdamState):
             hint = "; from_optax converts that of optax.adamax"
         raise TypeError(
-            f"The state is a {type(state).__name__}, but this optimizer's is a "
+            f"The state is of type {type(state).__name__}, but this optimizer's is a "
             f"{kind.__name__}, which its init returns. Restore a checkpoint into such "
             f"a state; insert_state puts in the state of another AdaMax{hint}."
         )

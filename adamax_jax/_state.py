@@ -134,7 +134,8 @@ def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.O
       >>> state[0].count, state[1].count
       (Array(7, dtype=int32), Array(7, dtype=int32))
     """
-    target, given = only_state(state), only_state(adamax_state)
+    target = only_state(state)
+    given = only_state(adamax_state, "adamax_state")
     count = unwrapped(given.count)
     m, u, u_scale = _rewrite(
         m=_leaves_like(target.m, given.m, fits=operator.eq),
@@ -161,22 +162,23 @@ def find_states(
 
 
 def some_states(
-    state: optax.OptState, kind: type = ScaleByAdamaxState
+    state: optax.OptState, kind: type = ScaleByAdamaxState, name: str = "state"
 ) -> list[tuple[Any, Any]]:
-    """As :func:`find_states`, which must find one at least."""
+    """As :func:`find_states`, which must find one at least; ``name`` is for errors."""
     found = find_states(state, kind)
     if not found:
-        raise ValueError(f"The state holds no {kind.__name__}.{_hint(state, kind)}")
+        hint = _hint(state, kind)
+        raise ValueError(f"The {name} holds no {kind.__name__}.{hint}")
     return found
 
 
-def only_state(state: optax.OptState) -> ScaleByAdamaxState:
+def only_state(state: optax.OptState, name: str = "state") -> ScaleByAdamaxState:
     """The one AdaMax in an optimizer's state."""
-    found = some_states(state)
+    found = some_states(state, name=name)
     if len(found) != 1:
         places = ", ".join(name_of(path) for path, _ in found)
         raise ValueError(
-            f"The state holds {len(found)} ScaleByAdamaxState, not one: at {places}. "
+            f"The {name} holds {len(found)} ScaleByAdamaxState, not one: at {places}. "
             "Give this function one of them."
         )
     return found[0][1]
@@ -227,6 +229,8 @@ def unwrapped(scalar: Any) -> jax.Array:
 
 def _hint(state, kind):
     """What to do with a state in which AdaMax's was looked for, and another is."""
+    if kind is optax.ScaleByAdamState and find_states(state, ScaleByAdamaxState):
+        return " It is that of this library's AdaMax already."
     if kind is not ScaleByAdamaxState:
         return ""
     if find_states(state, optax.ScaleByAdamState):

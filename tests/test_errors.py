@@ -313,7 +313,7 @@ def test_states_of_the_other_family(storage):
     ours, theirs = scale_by_adamax(**storage), scale_by_lp_adam(p=3)
     g = jnp.ones(3)
     with pytest.raises(
-        TypeError, match=r"is a ScaleByAdamaxState, but .* ScaleByLpAdamState.*init"
+        TypeError, match=r"of type ScaleByAdamaxState, but .* ScaleByLpAdamState.*init"
     ):
         theirs.update(g, ours.init(g))
     with pytest.raises(

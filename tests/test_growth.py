@@ -232,9 +232,13 @@ def test_infinities_are_cut_off_and_nan_is_not():
 
 
 @pytest.mark.parametrize("u_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("k", "first"), [(1.1, 3.2e38), (100.0, 1e37), (1e30, 1e9)])
+@pytest.mark.parametrize(
+    ("k", "first"), [(1.1, 3.2e38), (1.1, 3.4e38), (100.0, 1e37), (1e30, 1e9)]
+)
 def test_an_infinity_is_cut_off_where_the_product_overflows(k, first, u_dtype):
-    optimizer = scale_by_adamax(max_growth=k, m_dtype="float32", u_dtype=u_dtype)
+    optimizer = scale_by_adamax(
+        b2=0.99, max_growth=k, m_dtype="float32", u_dtype=u_dtype
+    )
     updates, states = trajectory(optimizer, jnp.asarray([[first], [jnp.inf], [1.0]]))
     assert np.all(np.isfinite(updates))
     assert np.all(np.isfinite(moments_of(states)[1]))
@@ -256,6 +260,21 @@ def test_after_a_long_pause_any_gradient_is_taken(u_dtype, eps_inside):
         assert (u[-1] > 900) == is_forgotten
         if not is_forgotten:
             assert 1.1 < u[-1] / u[-2] < 1.27
+
+
+@pytest.mark.parametrize(
+    "u_dtype", [dtype for dtype in STEP_OF_U if dtype not in ("float32", "bfloat16")]
+)
+def test_a_u_at_the_smallest_number_takes_any_gradient_without_eps(u_dtype):
+    """Where the floor of u is that of its dtype, and not eps."""
+    optimizer = scale_by_adamax(
+        b1=0.5, b2=0.9, eps=0.0, max_growth=K, m_dtype="float32", u_dtype=u_dtype
+    )
+    g = jnp.zeros([502, 1]).at[0].set(1).at[-1].set(10)
+    _, states = trajectory(optimizer, g)
+    u = np.asarray(moments_of(states)[1])[:, 0]
+    assert 0 < u[-2] < 5e-3
+    assert u[-1] == pytest.approx(10, rel=0.13)
 
 
 def test_none_leaves_a_leaf_as_it_is():

@@ -131,8 +131,10 @@ def test_optax_in_half_precision():
 
 
 def test_states_that_are_not_there():
-    with pytest.raises(ValueError, match="holds no ScaleByAdamState"):
+    with pytest.raises(ValueError, match=r"holds no ScaleByAdamState\.$"):
         from_optax(optax.sgd(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match=r"no ScaleByAdamState\. It is .* already"):
+        from_optax(adamax(0.1).init(PARAMS))
     with pytest.raises(ValueError, match="holds no ScaleByAdamaxState"):
         to_optax(optax.adam(0.1).init(PARAMS))
 

@@ -78,13 +78,15 @@ def test_states_that_are_not_of_adamax_are_named(read):
         (lp_adam(0.1, p=3.0), r"\. It is that of lp_adam.* a mean"),
         (optax.sgd(0.1), r"\.$"),
     ):
-        with pytest.raises(ValueError, match="holds no ScaleByAdamaxState" + message):
+        with pytest.raises(
+            ValueError, match="state holds no ScaleByAdamaxState" + message
+        ):
             read(optimizer.init(jnp.ones(1)))
 
 
 def test_an_update_names_the_function_that_converts():
     state = optax.adamax(0.1).init(jnp.ones(1))
-    with pytest.raises(TypeError, match=r"is a ScaleByAdamState, .*; from_optax"):
+    with pytest.raises(TypeError, match=r"of type ScaleByAdamState, .*; from_optax"):
         adamax(0.1).update(jnp.ones(1), state)
 
 
@@ -323,8 +325,11 @@ def test_states_that_do_not_fit_are_not_inserted():
 
 
 def test_insert_state_needs_one_state():
-    with pytest.raises(ValueError, match="holds no ScaleByAdamaxState"):
-        insert_state(optax.adam(0.1).init(PARAMS), adamax().init(PARAMS)[0])
+    ours, theirs = adamax().init(PARAMS), optax.adam(0.1).init(PARAMS)
+    with pytest.raises(ValueError, match=r"The state holds no ScaleByAdamaxState"):
+        insert_state(theirs, ours)
+    with pytest.raises(ValueError, match=r"The adamax_state holds no ScaleByAdamaxSt"):
+        insert_state(ours, theirs)
 
 
 # A u that is shared along axes.

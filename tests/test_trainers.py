@@ -804,6 +804,24 @@ def test_haliax_shares_along_an_axis_that_is_not_sharded(haliax, sharded):
             assert axis.name != sharded or kept_size == size
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("as_it_comes")
+def test_haliax_shares_nothing_along_stacked_layers(haliax):
+    """Nor of vectors, nor of arrays without names."""
+    choose = run(example(page("choosing"), "Named axes"))["along_unsharded"]
+    layers, inputs, outputs = haliax.make_axes(layers=3, inputs=8, outputs=4)
+    params = {
+        "bias": haliax.zeros((layers, outputs)),
+        "kernel": haliax.zeros((layers, outputs, inputs)),
+        "plain": jnp.zeros([2, 3]),
+    }
+    axes = choose(params, sharded={"outputs"}, stacked={"layers"})
+    u = adamax(0.1, shared_axes=axes).init(params)[0].u
+    assert u["bias"].array.shape == (3, 4)
+    assert u["kernel"].array.shape == (3, 4, 1)
+    assert u["plain"].shape == (2, 3)
+
+
 @pytest.mark.parametrize(
     "storage", [{}, TWO_BYTES, {"m_dtype": "int8", "shared_axes": -1}]
 )

@@ -25,14 +25,15 @@ OPTIMIZERS = {
     "adamax int8/uint8": TWO_BYTES,
     "lp_adam p=3": lp_adam(LEARNING_RATE, 3),
 }
+_STORAGES: dict[str, dict[str, Any]] = {
+    "adamax float32": {},
+    "adamax int8/uint8": {"m_dtype": "int8", "u_dtype": "uint8"},
+    SHARED_NAME: {"m_dtype": "int8", "u_dtype": "float32", "shared_axes": -1},
+}
 # As the README advises those who come from Adam.
 GROWTH = {
     f"{name}, bounded growth": adamax(LEARNING_RATE, b2=0.99, max_growth=1.1, **storage)
-    for name, storage in (
-        ("adamax float32", {}),
-        ("adamax int8/uint8", {"m_dtype": "int8", "u_dtype": "uint8"}),
-        (SHARED_NAME, {"m_dtype": "int8", "u_dtype": "float32", "shared_axes": -1}),
-    )
+    for name, storage in _STORAGES.items()
 }
 # Of parameters and gradients in bfloat16: as they are, and as float32 ones.
 HALF = {
