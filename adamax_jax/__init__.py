@@ -18,7 +18,7 @@ from adamax_jax._lp_adam import (
 )
 
 # Parameters in half precision.
-from adamax_jax._residual import (
+from adamax_jax._master_weights import (
     MasterWeightsState,
     full_params,
     master_weights,
@@ -29,7 +29,7 @@ from adamax_jax._residual import (
 from adamax_jax._state import convert_state, insert_state, moments
 
 # A state on many devices.
-from adamax_jax._zero import zero_shardings
+from adamax_jax._sharding import zero_shardings
 
 __version__ = version("adamax_jax")
 

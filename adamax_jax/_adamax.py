@@ -1,6 +1,5 @@
 """AdaMax as a gradient transformation: Kingma & Ba (2014), section 7.1."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,41 +18,33 @@ from adamax_jax._checks import (
     check_ratio,
     check_rounding,
     check_state,
-    check_storage,
+    check_stored,
 )
-from adamax_jax._complex import at_most, cast, dtype_like, number
-from adamax_jax._descend import decayed_weights, descend
-from adamax_jax._leaves import (
+from adamax_jax._formats import MEANS, NORMS, default_dtype, next_scale, norm_of
+from adamax_jax._learning_rate import decayed_weights, descend
+from adamax_jax._numerics import cast, dtype_like, number, real_dtype
+from adamax_jax._shared_axes import (
+    SharedAxes,
+    check_shared_axes,
+    shape_beside,
+    zeros_shared,
+)
+from adamax_jax._trees import (
     dtypes_beside,
     is_trained,
     update_leaves,
     zeros_beside,
 )
-from adamax_jax._moments import (
-    Coefficients,
+from adamax_jax._update import (
     Rule,
-    coefficients,
-    is_surely_positive,
-    next_mean,
-    scalar_dtype,
-    size_and_gradient,
-    step_of_stored,
-    with_eps,
-)
-from adamax_jax._shared import SharedAxes, check_shared_axes, maximum_over, zeros_shared
-from adamax_jax._storage import (
-    M_DTYPES,
-    U_DTYPES,
-    arithmetic_dtype,
-    as_rounded,
-    as_stored,
-    decay_scale,
+    Scalars,
     dither,
-    is_wide,
-    next_larger,
-    read,
-    write,
+    is_surely_positive,
+    mean_scalars,
+    scalar_dtype,
+    update_leaf,
 )
+from adamax_jax._xla import larger, smaller
 
 
 class ScaleByAdamaxState(NamedTuple):
@@ -282,14 +273,14 @@ def scale_by_adamax(
     b2 = check_decay("b2", b2)
     eps = check_eps("eps", eps)
     max_growth = check_growth("max_growth", max_growth)
-    m_dtype = check_dtype("m_dtype", m_dtype, M_DTYPES)
-    u_dtype = check_dtype("u_dtype", u_dtype, U_DTYPES)
+    m_dtype = check_dtype("m_dtype", m_dtype, MEANS)
+    u_dtype = check_dtype("u_dtype", u_dtype, NORMS)
     check_ratio(b1, b2, m_dtype)
     shared_axes = check_shared_axes(shared_axes)
-    rule = Rule(nesterov, eps_inside, is_positive=is_surely_positive(eps))
+    rule = Rule(nesterov, eps_inside, is_surely_positive(eps), _next_u)
 
     def init_fn(params):
-        check_params(params, m_dtype, u_dtype)
+        check_params(params, m_dtype)
         for p in filter(is_trained, jax.tree.leaves(params)):
             check_ratio(b1, b2, _m_dtype(p, m_dtype))
         check_rounding({"b1": b1, "b2": b2}, params, m_dtype, u_dtype)
@@ -307,29 +298,40 @@ def scale_by_adamax(
             u_scale=jnp.ones([], jnp.float32),
         )
 
+    def as_at_init(path, m, u, p_dtype):
+        return (
+            _m_dtype(p_dtype or m.dtype, m_dtype),
+            _u_dtype(p_dtype or u.dtype, u_dtype),
+            shape_beside(path, m, u, shared_axes),
+        )
+
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_state(state, ScaleByAdamaxState)
         dtypes = dtypes_beside(params, state.m)
-        check_storage(state, m_dtype, u_dtype, shared_axes, dtypes)
+        check_stored(state, as_at_init, dtypes)
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         dtype = scalar_dtype(updates, state.m, state.u)
-        next_u_scale = u_scale = state.u_scale
-        if not all(is_wide(u.dtype) for u in jax.tree.leaves(state.u)):
-            next_u_scale = decay_scale(u_scale, jnp.asarray(b2, u_scale.dtype))
-        c = _Coefficients(
-            both=coefficients(b1, eps, jnp.asarray(count, dtype)),
-            b2=b2,
-            max_growth=max_growth,
-            u_scale=u_scale,
-            next_u_scale=next_u_scale,
+        next_u_scale, halving = state.u_scale, 1.0
+        if any(norm_of(u.dtype).is_scaled for u in jax.tree.leaves(state.u)):
+            next_u_scale, halving = next_scale(
+                state.u_scale, number(b2, state.u_scale.dtype)
+            )
+        c = Scalars(
+            **mean_scalars(b1, jnp.asarray(count, dtype)),
+            eps=eps,
             dither=dither(count),
+            decay=b2,
+            max_growth=max_growth,
+            u_scale=state.u_scale,
+            next_u_scale=next_u_scale,
+            halving=halving,
         )
         # Arrays: numbers would be brought to the device for every leaf anew.
         c = cast(c, dtype)
         step, m, u = update_leaves(
-            lambda g, m, u, dtype: _update_leaf(g, m, u, c, rule, dtype),
+            lambda g, m, u, dtype: update_leaf(g, m, u, c, rule, dtype),
             updates,
             state.m,
             state.u,
@@ -492,65 +494,26 @@ def adamaxw(
     return descend(scale, learning_rate, decayed_weights(weight_decay, mask))
 
 
-class _Coefficients(NamedTuple):
-    """The scalars of one step, the same for every leaf."""
-
-    both: Coefficients
-    b2: ArrayLike
-    # None where u grows to any gradient at once.
-    max_growth: ArrayLike | None
-    u_scale: ArrayLike
-    next_u_scale: ArrayLike
-    dither: ArrayLike
-
-
-# Jitted here, once for all optimizers: leaves of one shape share one trace, and the
-# update outside of jax.jit takes one dispatch a leaf.
-@functools.partial(jax.jit, static_argnames=("rule", "step_dtype"))
-def _update_leaf(g, stored_m, stored_u, c, rule, step_dtype):
-    """One leaf's step and its new state."""
-    dtype = arithmetic_dtype(jnp.result_type(g), stored_m.dtype, stored_u.dtype)
-    m, u = read(stored_m, stored_u, c.u_scale)
-    g, m, u, c = cast((g, m, u, c), dtype)
-    size, g = size_and_gradient(g, stored_m, stored_u)
-    norm = with_eps(maximum_over(size, u.shape), c.both, rule)
+def _next_u(norm, u, size, c):
+    """max(b2 * u, |g| + eps), in the codes of a format; u grows by a factor at most."""
+    new = norm.code(size, c.next_u_scale)
     if c.max_growth is not None:
-        norm = _within_growth(norm, u, stored_u, c)
-    u = jnp.maximum(c.b2 * u, norm)
-    if c.max_growth is not None:
-        g = at_most(g, as_rounded(u, as_stored(u, c.next_u_scale, stored_u.dtype)))
-    m = next_mean(g, m, c.both)
-    stored_m, stored_u = write(
-        m, u, c.next_u_scale, stored_m.dtype, stored_u.dtype, c.dither
-    )
-    step = step_of_stored(g, m, u, stored_m, stored_u, c.next_u_scale, c.both, rule)
-    return step.astype(step_dtype), stored_m, stored_u
-
-
-def _within_growth(norm, u, stored_u, c):
-    """The norm of a gradient, cut off where u would grow by more than a factor.
-
-    In few bits by one step of what is stored at least, or u could not grow at all. A u
-    that has seen no gradient so far takes any.
-    """
-    limit, floor = c.max_growth * u, 2 * c.both.eps
-    if not is_wide(stored_u.dtype):
-        larger = next_larger(stored_u, c.u_scale).astype(u.dtype)
-        limit = jnp.maximum(limit, larger)
-        # Not 0, so that the floor is the smallest number at least.
-        floor = jnp.maximum(floor, 4 * float(jnp.finfo(jnp.float32).tiny))
-        floor = as_stored(floor, c.u_scale, stored_u.dtype).astype(u.dtype)
-    # Finite, so that an infinity is cut off too.
-    largest = number(float(jnp.finfo(u.dtype).max), u.dtype)
-    limit = jnp.minimum(limit, largest)
-    return jnp.where(u > floor, jnp.minimum(norm, limit), norm)
+        # A u that has seen no gradient takes any, and every u takes NaN.
+        floor = norm.code(jnp.maximum(2 * c.eps, norm.smallest), c.u_scale)
+        is_bounded = (u > floor) & (new <= norm.infinity)
+        new = smaller(new, jnp.where(is_bounded, norm.grown(u, c), norm.last))
+    return larger(norm.decayed(u, c), new)
 
 
 def _m_dtype(p, m_dtype):
     """The dtype of m for a parameter: complex where the parameter is."""
-    return jnp.result_type(p) if m_dtype is None else dtype_like(p, m_dtype)
+    if m_dtype is None:
+        return default_dtype(jnp.result_type(p))
+    return jnp.dtype(dtype_like(p, m_dtype))
 
 
 def _u_dtype(p, u_dtype):
     """The dtype of u for a parameter: real also where the parameter is complex."""
-    return jnp.finfo(jnp.result_type(p)).dtype if u_dtype is None else u_dtype
+    if u_dtype is None:
+        return default_dtype(real_dtype(jnp.result_type(p)))
+    return u_dtype

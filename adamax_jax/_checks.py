@@ -6,7 +6,7 @@ dtypes): a hyperparameter may be a traced array, whose value nobody knows yet.
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,17 +15,9 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adamax_jax._complex import dtype_like
-from adamax_jax._leaves import is_trained
-from adamax_jax._paths import is_inside, name_of
-from adamax_jax._shared import shape_of_shared
-from adamax_jax._storage import (
-    FLOATS,
-    arithmetic_dtype,
-    is_bounded_ratio,
-    is_ratio,
-    is_wide,
-)
+from adamax_jax._formats import mean_of, norm_of
+from adamax_jax._numerics import arithmetic_dtype
+from adamax_jax._trees import is_inside, is_trained, name_of
 
 _COMPLEX_PARTS = (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
 
@@ -86,7 +78,7 @@ def check_scalar(name: str, value: Any) -> Any:
 
 
 def check_dtype(
-    name: str, value: Any, allowed: Sequence[str], *, optional: bool = True
+    name: str, value: Any, allowed: Iterable[str], *, optional: bool = True
 ) -> Any:
     """Returns what to store in as a dtype, refusing what has no meaning here."""
     if value is None and optional:
@@ -104,8 +96,7 @@ def check_dtype(
 
 def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
     """Refuses one byte for m, stored as its ratio to u, where that is not bounded."""
-    if m_dtype is None or not is_bounded_ratio(m_dtype):
-        # None is the parameter's own dtype, which init knows.
+    if m_dtype is None or not mean_of(m_dtype).is_ratio:
         return
     if isinstance(b1, float) and isinstance(b2, float) and b1 >= b2:
         raise ValueError(
@@ -153,8 +144,8 @@ def _check_scalar(name, value, allowed, is_allowed):
     return value
 
 
-def check_params(params: Any, m_dtype: Any, u_dtype: Any) -> None:
-    """Refuses parameter leaves that have no moving average, or not in these dtypes."""
+def check_params(params: Any, m_dtype: Any = None) -> None:
+    """Refuses parameter leaves that have no moving average, or not in this dtype."""
     for path, leaf in jax.tree.leaves_with_path(params):
         check_array(path, leaf)
         if not is_trained(leaf):
@@ -166,13 +157,6 @@ def check_params(params: Any, m_dtype: Any, u_dtype: Any) -> None:
                 f"{where}, which has no negative numbers. Keep it in bfloat16, say, "
                 "and cast it where the model uses it."
             )
-        for name, stored in (("m", m_dtype), ("u", u_dtype)):
-            if stored is None and jnp.finfo(dtype).dtype.name not in FLOATS:
-                raise TypeError(
-                    f"{where}, in which {name} cannot be stored: it can in "
-                    f"{', '.join(FLOATS)}. Keep the parameter in one of these, or "
-                    f"give {name}_dtype where the optimizer has one."
-                )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             check_complex(path, dtype, m_dtype)
 
@@ -201,7 +185,7 @@ def check_rounding(
         arithmetic_dtype(jnp.result_type(p), *filter(None, (m_dtype, u_dtype)))
         for p in filter(is_trained, jax.tree.leaves(params))
     }
-    if u_dtype is not None and not is_wide(u_dtype):
+    if u_dtype is not None and norm_of(u_dtype).is_scaled:
         # A narrow u decays by its scale, which is a float32.
         arithmetic.add(jnp.float32)
     for name, rate in rates.items():
@@ -228,105 +212,47 @@ def check_state(state: Any, kind: type) -> None:
         )
 
 
-def check_storage(
-    state: Any,
-    m_dtype: Any,
-    u_dtype: Any,
-    shared_axes: Any,
-    param_dtypes: Sequence[Any],
+def check_stored(
+    state: Any, as_at_init: Callable[..., Any], param_dtypes: Sequence[Any]
 ) -> None:
-    """Refuses a state that is not stored as the optimizer stores it.
+    """Refuses a state whose m or u is not stored as ``init`` would store it.
 
     Args:
       state: The state.
-      m_dtype, u_dtype, shared_axes: The optimizer's.
+      as_at_init: From path, m, u and the parameter's dtype to what ``init`` would make:
+        the dtypes of m and u and the shape of u.
       param_dtypes: The dtype of each parameter, None where it is not known.
     """
-    scale_dtype = jnp.result_type(state.u_scale)
+    scale_dtype = jnp.result_type(getattr(state, "u_scale", np.float32(1)))
     if scale_dtype != jnp.float32:
         raise TypeError(
-            f"The state's u_scale has dtype {scale_dtype}, in which it would not decay "
-            f"as it should, instead of float32. {_NO_CASTS}"
+            f"The state's u_scale has dtype {scale_dtype}, but this optimizer stores "
+            f"float32. {_NO_CASTS}"
         )
-    checked = set()
     m_leaves, u_leaves = jax.tree.leaves_with_path(state.m), jax.tree.leaves(state.u)
     if len(m_leaves) != len(u_leaves):
         raise ValueError(
             f"The state has {len(m_leaves)} arrays in m but {len(u_leaves)} in u."
         )
+    checked = set()
     for (path, m), u, p_dtype in zip(m_leaves, u_leaves, param_dtypes, strict=True):
         kind = m.dtype, u.dtype, m.shape, u.shape, p_dtype
         if kind in checked:
             continue
         checked.add(kind)
-        for name, leaf, dtype in (
-            ("m", m, None if m_dtype is None else dtype_like(m, m_dtype)),
-            ("u", u, u_dtype),
+        m_dtype, u_dtype, u_shape = as_at_init(path, m, u, p_dtype)
+        for name, leaf, dtype, shape in (
+            ("m", m, m_dtype, m.shape),
+            ("u", u, u_dtype, u_shape),
         ):
-            is_number = jnp.issubdtype(leaf.dtype, jnp.inexact)
-            if leaf.dtype != dtype if dtype is not None else not is_number:
-                wanted = "a float" if dtype is None else jnp.dtype(dtype).name
-                raise TypeError(
-                    f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, "
-                    f"but this optimizer stores {wanted} ({name}_dtype). {_NO_CASTS}"
+            if (leaf.dtype, leaf.shape) != (dtype, shape):
+                error = TypeError if leaf.dtype != dtype else ValueError
+                raise error(
+                    f"The state's {name} at {name_of(path)} is {leaf.dtype} of shape "
+                    f"{leaf.shape}, but this optimizer stores {dtype.name} of shape "
+                    f"{shape} there, by its {name}_dtype, its shared_axes and the "
+                    f"parameter. {_NO_CASTS}"
                 )
-        if m_dtype is None:
-            _check_ratio_like(path, m, p_dtype)
-        if u_dtype is None and p_dtype and is_wide(p_dtype) != is_wide(u.dtype):
-            raise _was_cast("u", path, u, p_dtype)
-        _check_sharing(path, m, u, shared_axes)
-
-
-def check_mean_of_family(state: Any, param_dtypes: Sequence[Any]) -> None:
-    """Refuses a state of the L^p family that was cast.
-
-    Its u would drift in few bits, and its m may be a ratio to u.
-    """
-    for path, u in jax.tree.leaves_with_path(state.u):
-        if not jnp.issubdtype(u.dtype, jnp.floating) or not is_wide(u.dtype):
-            raise TypeError(
-                f"The state's u at {name_of(path)} has dtype {u.dtype}, in which it "
-                "would drift, instead of float32 or float64: cast it back."
-            )
-    for (path, m), p_dtype in zip(
-        jax.tree.leaves_with_path(state.m), param_dtypes, strict=True
-    ):
-        # Of parameters of 8 bits m is in float32.
-        if p_dtype is None or p_dtype.itemsize > 1:
-            _check_ratio_like(path, m, p_dtype)
-
-
-def _check_ratio_like(path, m, p_dtype):
-    """Refuses an m that is a ratio to u where the parameter's dtype is not, or v.v."""
-    if p_dtype and is_ratio(p_dtype) != is_ratio(m.dtype):
-        raise _was_cast("m", path, m, p_dtype)
-
-
-def _was_cast(name, path, leaf, p_dtype):
-    return TypeError(
-        f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, but beside a "
-        f"parameter in {p_dtype} this optimizer stores it in that dtype, unless "
-        f"{name}_dtype says otherwise. {_NO_CASTS}"
-    )
-
-
-def _check_sharing(path, m, u, shared_axes):
-    """Refuses a u that is shared where the optimizer's is not, or the other way round.
-
-    A state of stacked layers may be updated layer by layer, with an axis less than at
-    init, and what a function says of a parameter is known to init alone: so which axes
-    are shared is read from the shapes.
-    """
-    if callable(shared_axes) or (shared_axes and u.shape != m.shape):
-        return
-    shape = shape_of_shared(path, m, shared_axes)
-    if u.shape != shape:
-        raise ValueError(
-            f"The state's u at {name_of(path)} has shape {u.shape} beside m of shape "
-            f"{m.shape}, but with this optimizer's shared_axes it has {shape}. "
-            "insert_state brings the state of an optimizer with other shared_axes into "
-            "what init returns."
-        )
 
 
 _NO_CASTS = (

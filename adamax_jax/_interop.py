@@ -10,12 +10,11 @@ import numpy as np
 import optax
 
 from adamax_jax._adamax import ScaleByAdamaxState
-from adamax_jax._complex import cast
-from adamax_jax._leaves import is_trained
-from adamax_jax._paths import name_of
-from adamax_jax._shared import reshare
-from adamax_jax._state import map_states, read_moments
-from adamax_jax._storage import arithmetic_dtype, within_dtypes, write
+from adamax_jax._formats import default_dtype
+from adamax_jax._trees import is_trained
+from adamax_jax._trees import name_of
+from adamax_jax._shared_axes import reshare
+from adamax_jax._state import map_states, read_moments, stored_as
 
 
 def from_optax(state: optax.OptState) -> optax.OptState:
@@ -166,15 +165,13 @@ def from_torch(
 
 
 def _stored(m, u):
-    """The trees of plain numbers as the state holds them, in their own dtypes."""
+    """The trees of plain numbers as a state by default holds them."""
     m_leaves, m_treedef = jax.tree.flatten(m)
     u_leaves, u_treedef = jax.tree.flatten(u)
     stored = []
     for m, u in zip(m_leaves, u_leaves, strict=True):
-        m_dtype, u_dtype = m.dtype, u.dtype
-        m, u = cast((m, u), arithmetic_dtype(m_dtype, u_dtype))
-        m, u = within_dtypes(m, u, m_dtype, u_dtype)
-        stored.append(write(m, u, 1, m_dtype, u_dtype, dither=0.5))
+        m_dtype, u_dtype = default_dtype(m.dtype), default_dtype(u.dtype)
+        stored.append(stored_as(m, u, m_dtype, u_dtype))
     return (
         jax.tree.unflatten(m_treedef, [m for m, _ in stored]),
         jax.tree.unflatten(u_treedef, [u for _, u in stored]),

@@ -1,6 +1,5 @@
 """From Adam to AdaMax: the L^p family of Kingma & Ba (2014), section 7.1."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,35 +13,27 @@ from adamax_jax._checks import (
     check_decay,
     check_eps,
     check_gradients,
-    check_mean_of_family,
     check_order,
     check_params,
     check_rounding,
     check_state,
+    check_stored,
 )
-from adamax_jax._complex import cast, number
-from adamax_jax._descend import decayed_weights, descend
-from adamax_jax._leaves import dtypes_beside, update_leaves, zeros_beside
-from adamax_jax._moments import (
-    Coefficients,
+from adamax_jax._formats import default_dtype
+from adamax_jax._learning_rate import decayed_weights, descend
+from adamax_jax._numerics import arithmetic_dtype, cast, divide, number
+from adamax_jax._trees import dtypes_beside, update_leaves, zeros_beside
+from adamax_jax._update import (
     Rule,
-    coefficients,
+    Scalars,
+    dither,
     is_surely_positive,
-    next_mean,
+    mean_scalars,
     one_minus_power,
     scalar_dtype,
-    size_and_gradient,
-    step_of_stored,
-    with_eps,
+    update_leaf,
 )
-from adamax_jax._quotient import divide
-from adamax_jax._storage import (
-    arithmetic_dtype,
-    dither,
-    is_bounded_ratio,
-    read,
-    write,
-)
+from adamax_jax._xla import larger, smaller
 
 # Stands for an order of infinity. A power of 1 to it is 1, where 1^infinity is not
 # defined, and its product with any count is finite; in float32 the results are those
@@ -184,10 +175,11 @@ def scale_by_lp_adam(
     # A mean of finite order multiplies the eps inside of it by a weight, which may be
     # so small that the product is 0.
     is_floor = known_p == math.inf or not eps_inside
-    rule = Rule(nesterov, eps_inside, is_positive=is_floor and is_surely_positive(eps))
+    is_positive = is_floor and is_surely_positive(eps)
+    rule = Rule(nesterov, eps_inside, is_positive, MeanOfOrder(known_p))
 
     def init_fn(params):
-        check_params(params, m_dtype=None, u_dtype=jnp.float32)
+        check_params(params)
         check_rounding({"b1": b1, "b2": b2}, params)
         return ScaleByLpAdamState(
             count=jnp.zeros([], jnp.int32),
@@ -199,13 +191,17 @@ def scale_by_lp_adam(
         del extra_args
         check_state(state, ScaleByLpAdamState)
         dtypes = dtypes_beside(params, state.m)
-        check_mean_of_family(state, dtypes)
+        check_stored(state, _as_at_init, dtypes)
         check_gradients(updates, state.m)
         count = jnp.asarray(optax.safe_increment(state.count))
         dtype = scalar_dtype(updates, state.m, state.u)
-        c = cast(_coefficients(p, b1, b2, eps, count, dtype), dtype)
+        t = jnp.asarray(count, dtype)
+        c = Scalars(
+            **mean_scalars(b1, t), **_weights(p, b2, t), eps=eps, dither=dither(count)
+        )
+        c = cast(c, dtype)
         step, m, u = update_leaves(
-            lambda g, m, u, dtype: _update_leaf(g, m, u, c, rule, known_p, dtype),
+            lambda g, m, u, dtype: update_leaf(g, m, u, c, rule, dtype),
             updates,
             state.m,
             state.u,
@@ -333,78 +329,58 @@ def lp_adamw(
     return descend(scale, learning_rate, decayed_weights(weight_decay, mask))
 
 
-class _Coefficients(NamedTuple):
-    """The scalars of one step, the same for every leaf."""
+def _weights(p, b2, t):
+    """The scalars of u at step t.
 
-    both: Coefficients
-    p: ArrayLike
-    # (1 - w)^(1/p), 1 minus it to all digits, and w^(1/p): b2, 1 - b2 and 1 where p is
-    # infinity.
-    decay: ArrayLike
-    one_minus_decay: ArrayLike
-    weight: ArrayLike
-    dither: ArrayLike
-
-
-def _coefficients(p, b1, b2, eps, count, dtype):
-    """The scalars of a step."""
-    t = jnp.asarray(count, dtype)
+    Returns:
+      A dictionary of ``p``, ``decay`` = (1 - w)^(1/p), ``one_minus_decay``, which is 1
+      minus that to all digits, and ``weight`` = w^(1/p): b2, 1 - b2 and 1 where p is
+      infinity.
+    """
     # Also before it is an array: jax.debug_infs looks at those.
     p = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
-    p = jnp.minimum(number(p, dtype), _INFINITE_ORDER)
+    p = smaller(number(p, t.dtype), number(_INFINITE_ORDER, t.dtype))
     w = one_minus_power(b2, p) / one_minus_power(b2, p * t)
     # 1 - w = b2^p (1 - w b2^(p (t - 1))). The decay is the p-th root of that: b2 times
     # a factor that tends to 1, whose logarithm this is. At t = 1 the factor would be 0,
     # which has no logarithm; u is 0 before it, so that any other decay does as well.
     past = jnp.maximum(t - 1, 1)
     log_factor = jnp.log1p(-w * (1 - one_minus_power(b2, p * past))) / p
-    rate = number(b2, dtype)
-    return _Coefficients(
-        both=coefficients(b1, eps, t),
-        p=p,
-        decay=rate * jnp.exp(log_factor),
-        one_minus_decay=number(1 - b2, dtype) - rate * jnp.expm1(log_factor),
+    rate = number(b2, t.dtype)
+    return {
+        "p": p,
+        "decay": rate * jnp.exp(log_factor),
+        "one_minus_decay": number(1 - b2, t.dtype) - rate * jnp.expm1(log_factor),
         # Rounded, it may be above 1, and its product with the largest number infinite.
-        weight=jnp.minimum(jnp.exp(jnp.log(w) / p), 1),
-        dither=dither(count),
-    )
+        "weight": smaller(jnp.exp(jnp.log(w) / p), jnp.ones_like(w)),
+    }
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "known_p", "step_dtype"))
-def _update_leaf(g, stored_m, stored_u, c, rule, known_p, step_dtype):
-    """One leaf's step and its new state."""
-    # u is wide and has no scale.
-    m, u = read(stored_m, stored_u, u_scale=1)
-    dtype = arithmetic_dtype(jnp.result_type(g), stored_m.dtype, stored_u.dtype)
-    g, m, u, c = cast((g, m, u, c), dtype)
-    size, g = size_and_gradient(g, stored_m, stored_u)
-    u = _mean_of_order_p(u, with_eps(size, c.both, rule), c, known_p)
-    m = next_mean(g, m, c.both)
-    stored_m, stored_u = write(m, u, 1, stored_m.dtype, stored_u.dtype, c.dither)
-    step = step_of_stored(g, m, u, stored_m, stored_u, 1, c.both, rule)
-    return step.astype(step_dtype), stored_m, stored_u
+class MeanOfOrder(NamedTuple):
+    """The next u of the family, with an order that shapes the compiled code."""
 
+    known_p: float | None
 
-def _mean_of_order_p(u, norm, c, known_p):
-    """((1 - w) u^p + w |g|^p)^(1/p), no power of which exceeds 1."""
-    old, new = c.decay * u, c.weight * norm
-    maximum = jnp.maximum(old, new)
-    if known_p == math.inf:
-        return maximum
-    is_old = new <= old
-    high, low = jnp.where(is_old, old, new), jnp.where(is_old, new, old)
-    ratio = divide(low, jnp.where(high == 0, 1, high))
-    gain = jnp.expm1(jnp.log1p(_power(ratio, c.p, known_p)) / c.p)
-    # An average changes by little at a step and remembers an error of it for long: the
-    # change is added to u, instead of multiplying by a number close to 1.
-    is_close = is_old & (c.decay > 0.5)
-    base = jnp.where(is_close, u, high)
-    change = jnp.where(is_close, c.decay * gain - c.one_minus_decay, gain)
-    mean = base + base * change
-    # A mean of finite numbers is finite, but may be rounded to infinity.
-    largest = number(float(jnp.finfo(mean.dtype).max), mean.dtype)
-    mean = jnp.where(jnp.isinf(mean) & jnp.isfinite(maximum), largest, mean)
-    return jnp.where(c.p < _INFINITE_ORDER, mean, maximum)
+    def __call__(self, norm, u, size, c):
+        """((1 - w) u^p + w |g|^p)^(1/p), no power of which exceeds 1."""
+        old, new = c.decay * u, c.weight * size
+        maximum = larger(old, new)
+        if self.known_p == math.inf:
+            return maximum
+        is_old = new <= old
+        high, low = jnp.where(is_old, old, new), jnp.where(is_old, new, old)
+        ratio = divide(low, jnp.where(high == 0, 1, high))
+        gain = jnp.expm1(jnp.log1p(_power(ratio, c.p, self.known_p)) / c.p)
+        # An average changes by little at a step and remembers an error of it for long:
+        # the change is added to u, instead of multiplying by a number close to 1.
+        is_close = is_old & (c.decay > 0.5)
+        base = jnp.where(is_close, u, high)
+        change = jnp.where(is_close, c.decay * gain - c.one_minus_decay, gain)
+        mean = base + base * change
+        # A mean of finite numbers is finite, but may be rounded to infinity.
+        largest = number(norm.largest, mean.dtype)
+        mean = jnp.where(jnp.isinf(mean) & jnp.isfinite(maximum), largest, mean)
+        return jnp.where(c.p < _INFINITE_ORDER, mean, maximum)
 
 
 def _power(x, p, known_p):
@@ -413,7 +389,7 @@ def _power(x, p, known_p):
         return x**known_p
     # A logarithm of 0 has no derivative, and one of the smallest number no second one.
     floor = float(jnp.finfo(x.dtype).tiny) ** 0.5
-    return jnp.exp(p * jnp.log(jnp.maximum(x, floor)))
+    return jnp.exp(p * jnp.log(larger(x, number(floor, x.dtype))))
 
 
 def _known(p):
@@ -425,12 +401,16 @@ def _known(p):
     return int(p) if p <= _LARGEST_PRODUCT and p.is_integer() else None
 
 
-def _m_dtype(x):
-    """The dtype of m for a parameter: its own, of 16 bits at least."""
-    dtype = jnp.result_type(x)
-    return jnp.float32 if is_bounded_ratio(dtype) else dtype
+def _m_dtype(p):
+    """The dtype of m for a parameter: its own, or bfloat16."""
+    return default_dtype(jnp.result_type(p))
 
 
-def _u_dtype(x):
+def _u_dtype(p):
     """The dtype of u for a parameter: real, float32 at least."""
-    return arithmetic_dtype(jnp.result_type(x))
+    return jnp.dtype(arithmetic_dtype(jnp.result_type(p)))
+
+
+def _as_at_init(path, m, u, p_dtype):
+    """The dtypes of m and u and the shape of u, as ``init`` would make them."""
+    return _m_dtype(p_dtype or m.dtype), _u_dtype(p_dtype or u.dtype), m.shape

@@ -8,22 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from adamax_jax._adamax import ScaleByAdamaxState
 from adamax_jax._checks import check_complex, check_dtype
-from adamax_jax._complex import cast, dtype_like
+from adamax_jax._formats import MEANS, NORMS, mean_of, norm_of
 from adamax_jax._lp_adam import ScaleByLpAdamState
-from adamax_jax._paths import is_inside, name_of, path_finder
-from adamax_jax._shared import can_reshare, reshare
-from adamax_jax._storage import (
-    M_DTYPES,
-    U_DTYPES,
+from adamax_jax._trees import is_inside, name_of, path_finder
+from adamax_jax._numerics import (
     arithmetic_dtype,
-    read,
-    within_dtypes,
-    write,
+    by_parts,
+    cast,
+    dtype_like,
+    number,
 )
+from adamax_jax._shared_axes import can_reshare, reshare
 
 
 def moments(state: optax.OptState) -> tuple[Any, Any]:
@@ -90,8 +89,8 @@ def convert_state(
       >>> sum(x.nbytes for x in jax.tree.leaves(state))
       2008
     """
-    m_dtype = check_dtype("m_dtype", m_dtype, M_DTYPES)
-    u_dtype = check_dtype("u_dtype", u_dtype, U_DTYPES)
+    m_dtype = check_dtype("m_dtype", m_dtype, MEANS)
+    u_dtype = check_dtype("u_dtype", u_dtype, NORMS)
     return map_states(lambda s: _convert(s, m_dtype, u_dtype), state)
 
 
@@ -210,6 +209,33 @@ def read_moments(state: ScaleByAdamaxState) -> tuple[optax.Updates, optax.Update
     )
 
 
+def read(
+    stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """m and u of one leaf as numbers, in float32 at least."""
+    norm = norm_of(stored_u.dtype)
+    u = norm.read(stored_u, u_scale)
+    return mean_of(stored_m.dtype).read(stored_m, u, norm), u
+
+
+def stored_as(
+    m: jax.Array, u: jax.Array, m_dtype: Any, u_dtype: Any, u_scale: ArrayLike = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """m and u of one leaf rounded to dtypes, each once, to nearest.
+
+    Where u is beyond its dtype, both shrink, and the step is the same.
+    """
+    mean, norm = mean_of(m_dtype), norm_of(u_dtype)
+    m, u = cast((m, u), arithmetic_dtype(m.dtype, u.dtype, m_dtype, u_dtype))
+    largest = number(min(mean.largest, norm.largest), u.dtype)
+    is_beyond = jnp.isfinite(u) & (u > largest)
+    share = jnp.where(is_beyond, largest / jnp.where(is_beyond, u, 1), 1)
+    m = by_parts(lambda part: part * share, m)
+    stored_u = norm.write(jnp.where(is_beyond, largest, u), u_scale)
+    read_u = norm.read(stored_u, u_scale).astype(u.dtype)
+    return mean.write(m, read_u, dither=0.5).astype(m_dtype), stored_u
+
+
 def scale_of(state: ScaleByAdamaxState) -> jax.Array:
     """The scalar u_scale of a state."""
     u_scale = unwrapped(state.u_scale)
@@ -280,11 +306,10 @@ def _rewrite(m, u, u_scale, m_dtypes, like_u):
         is_same_u = (u.dtype, u.shape) == (like_u.dtype, like_u.shape)
         if is_same_u and m.dtype == m_dtype and new_scale is u_scale:
             return m, u
+        m, u = read(m, u, u_scale)
         dtype = arithmetic_dtype(m.dtype, u.dtype, m_dtype, like_u.dtype)
-        m, u = cast(read(m, u, u_scale), dtype)
-        u = reshare(u, like_u.shape)
-        m, u = within_dtypes(m, u, m_dtype, like_u.dtype)
-        return write(m, u, new_scale, m_dtype, like_u.dtype, dither=0.5)
+        u = reshare(u.astype(dtype), like_u.shape)
+        return stored_as(m, u, m_dtype, like_u.dtype, new_scale)
 
     rewritten = [rewrite(*leaf) for leaf in zip(m, u, m_dtypes, like_u, strict=True)]
     return [m for m, _ in rewritten], [u for _, u in rewritten], new_scale

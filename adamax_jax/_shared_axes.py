@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from adamax_jax._paths import name_of
+from adamax_jax._trees import name_of
+from adamax_jax._xla import largest
 
 Axes = int | Sequence[int] | None
 SharedAxes = Axes | Callable[[Any, Any], Axes]
@@ -25,7 +26,7 @@ def zeros_shared(path: Any, leaf: Any, dtype: Any, shared_axes: Any) -> jax.Arra
     zeros = jnp.zeros_like(leaf, dtype=dtype)
     axes = _axes_of(path, leaf, shared_axes)
     # zeros_like, since XLA takes seconds to evaluate a maximum of zeros.
-    return jnp.zeros_like(_maximum(zeros, axes)) if axes else zeros
+    return jnp.zeros_like(jnp.max(zeros, axes, keepdims=True, initial=0)) if axes else zeros
 
 
 def shape_of_shared(path: Any, whole: Any, shared_axes: Axes) -> Shape:
@@ -34,14 +35,21 @@ def shape_of_shared(path: Any, whole: Any, shared_axes: Axes) -> Shape:
     return tuple(1 if axis in axes else size for axis, size in enumerate(whole.shape))
 
 
+def shape_beside(path: Any, m: jax.Array, u: jax.Array, shared_axes: Any) -> Shape:
+    """The shape that u should have beside m.
+
+    A state of stacked layers may be updated layer by layer, with an axis less than at
+    init, and what a function says of a parameter is known to init alone. So where axes
+    are shared, which ones is read from the shape of u.
+    """
+    if callable(shared_axes) or (shared_axes and u.shape != m.shape):
+        return u.shape if is_shared(u.shape, m.shape) else m.shape
+    return shape_of_shared(path, m, shared_axes)
+
+
 def maximum_over(x: jax.Array, shape: Shape) -> jax.Array:
     """The maximum of x along the axes that a u of this shape shares beside it."""
-    if not is_shared(shape, x.shape):
-        raise ValueError(
-            f"The optimizer state has u of shape {shape} beside m of shape "
-            f"{x.shape}: they must agree but for axes along which u has size 1."
-        )
-    return _maximum(x, _differing(x.shape, shape))
+    return largest(x, _differing(x.shape, shape))
 
 
 def is_shared(shape: Shape, whole: Shape) -> bool:
@@ -66,7 +74,7 @@ def reshare(u: jax.Array, shape: Shape) -> jax.Array:
     """
     pairs = enumerate(zip(u.shape, shape, strict=True))
     axes = tuple(axis for axis, (size, kept) in pairs if kept == 1 and size != 1)
-    return jnp.broadcast_to(_maximum(u, axes), shape)
+    return jnp.broadcast_to(largest(u, axes), shape)
 
 
 def spec_of_shared(spec: PartitionSpec, whole: Shape, shape: Shape) -> PartitionSpec:
@@ -107,11 +115,6 @@ def _differing(whole, shape):
     """The axes along which two shapes of as many axes differ."""
     sizes = zip(whole, shape, strict=True)
     return tuple(axis for axis, (size, kept) in enumerate(sizes) if size != kept)
-
-
-def _maximum(x, axes):
-    """The maximum over some axes, which keep size 1; 0 over no numbers at all."""
-    return jnp.max(x, axes, keepdims=True, initial=0) if axes else x
 
 
 def _integers(axes, place):

@@ -16,9 +16,8 @@ from adamax_jax._checks import (
     check_scalar,
     check_shapes,
 )
-from adamax_jax._complex import by_parts, dtype_like, number
-from adamax_jax._leaves import leaves_beside
-from adamax_jax._storage import arithmetic_dtype
+from adamax_jax._numerics import arithmetic_dtype, by_parts, dtype_like, number
+from adamax_jax._trees import leaves_beside
 
 
 def descend(

@@ -1,18 +1,18 @@
-"""From trees to lists of leaves and back; gradients that are None.
+"""Trees: to lists of leaves and back, gradients that are None, names of leaves.
 
 Arrays alone are put into a user's containers, which may look at what they are given,
-and None where a parameter has no gradients: whatever else belongs to a leaf is kept in
+and None where a parameter has no gradients. Whatever else belongs to a leaf is kept in
 lists.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adamax_jax._complex import dtype_of
-from adamax_jax._storage import is_wide
+from adamax_jax._formats import norm_of
+from adamax_jax._numerics import dtype_of
 
 
 def leaves_beside(prefix: Any, tree: Any) -> list[Any]:
@@ -86,7 +86,7 @@ def update_leaves(
             step_dtype = _wider(dtype_of(g), dtype)
             step, leaf_m, leaf_u = update_leaf(g, leaf_m, leaf_u, step_dtype)
             steps.append(step)
-        elif not is_wide(leaf_u.dtype):
+        elif norm_of(leaf_u.dtype).is_scaled:
             kind = complex if jnp.iscomplexobj(leaf_m) else float
             zero = jnp.zeros_like(leaf_m, kind)
             _, leaf_m, leaf_u = update_leaf(zero, leaf_m, leaf_u, zero.dtype)
@@ -105,3 +105,34 @@ def _wider(dtype, other):
 
 def _is_none(leaf):
     return leaf is None
+
+
+def name_of(path: Any) -> str:
+    """A path in a tree, as an error shows it."""
+    return jax.tree_util.keystr(path) or "the root of the tree"
+
+
+def is_inside(path: Any, other: Any) -> bool:
+    """Whether a path leads into the subtree at another path, or to its root."""
+    return path[: len(other)] == other
+
+
+def ends_of(path: Any) -> list[Any]:
+    """The ends of a path, the longest, which is the path itself, first."""
+    return [path[start:] for start in range(len(path) + 1)]
+
+
+def path_finder(paths: Iterable[Any]) -> Callable[[Any], Any]:
+    """A function from the path of a leaf to that of the same leaf in another tree.
+
+    It returns None where there is none. A container around a single array, in one of
+    the trees, adds an entry to the path: Flax NNX's variables.
+    """
+    known = set(paths)
+    inside = {path[:-1]: path for path in known if path}
+
+    def find(path):
+        candidates = (path, inside.get(path), path[:-1])
+        return next((key for key in candidates if key in known), None)
+
+    return find

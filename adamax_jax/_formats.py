@@ -1,0 +1,288 @@
+"""How m and u are stored: one class for each format. Knows no optimizer.
+
+A u below 32 bits is stored as ``u / u_scale``. The scalar takes the decay; where it
+falls below 1, it is doubled and the stored numbers are halved, which is exact. Rounding
+is monotone, so it commutes with a maximum: the next stored u is the maximum of the
+stored one and of the rounded gradient, computed on their ``codes``, integers in the
+order of the numbers. So each stored number was rounded once, at any age.
+
+m is an average, for which that does not hold. Rounded to nearest it would stay for ever
+where a step changes it by less than half the distance of two numbers. So it is rounded
+up or down in proportion to its place between the two, by a ``dither`` in [0, 1), which
+leaves no bias.
+
+To add a format, write a class and put it into ``MEANS`` or ``NORMS``.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from adamax_jax._numerics import number, quotient, real_dtype, within
+from adamax_jax._xla import as_rounded, larger, narrowed, smaller
+
+# Of float32.
+_MAX, _TINY = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
+_INFINITY_BITS, _SIGN_BIT = 0x7F800000, -(1 << 31)
+
+
+class WideMean:
+    """float32 and float64: m as it is."""
+
+    is_ratio = False
+
+    def __init__(self, dtype):
+        self.dtype, self.largest = jnp.dtype(dtype), float(jnp.finfo(dtype).max)
+
+    def read(self, stored, u, norm):
+        return stored
+
+    def write(self, m, u, dither):
+        return m.astype(self.dtype)
+
+
+class Bfloat16Mean:
+    """The upper 16 bits of a float32."""
+
+    is_ratio, largest = False, _MAX
+
+    def read(self, stored, u, norm):
+        return stored.astype(jnp.float32)
+
+    def write(self, m, u, dither):
+        bits = _bits(m)
+        size, sign = bits & ~_SIGN_BIT, bits & _SIGN_BIT
+        # Finite numbers stay finite. Infinity and NaN have larger bits, and stay.
+        finite = jnp.minimum(size, _INFINITY_BITS - (1 << 16))
+        size = jnp.maximum(finite + _carry(dither, 16), size) & -(1 << 16)
+        return as_rounded(m, _float(size | sign)).astype(jnp.bfloat16)
+
+
+class Int8Mean:
+    """m/u, as the sign and the leading bits of the float32 ``|m/u| + KNEE``.
+
+    These are 16 codes per octave well above the knee, and equal steps of 2^-12 below
+    it: a small persistent mean is kept beside a rare large gradient. The last code,
+    127, is 1.307. -128 is NaN.
+    """
+
+    is_ratio, largest = True, float("inf")
+    SHIFT, KNEE, LAST, NAN = 19, 1.375 * 2.0**-8, 127, 128
+    FIRST = int(np.float32(KNEE).view(np.int32)) >> SHIFT
+
+    def ratio(self, stored):
+        code = stored.astype(jnp.int32)
+        size = jnp.abs(code)
+        ratio = _float((size + self.FIRST) << self.SHIFT) - self.KNEE
+        ratio = jnp.where(size == self.NAN, jnp.nan, ratio)
+        return jnp.where(code < 0, -ratio, ratio)
+
+    def read(self, stored, u, norm):
+        ratio = self.ratio(stored).astype(u.dtype)
+        if norm.is_finite:
+            return ratio * u
+        # Finite, also beside an infinite u, and where a ratio is a little above 1.
+        end = number(float(jnp.finfo(u.dtype).max), u.dtype)
+        return larger(smaller(ratio * smaller(u, end), end), -end)
+
+    def write(self, m, u, dither):
+        # Of |m|, since XLA:CPU writes to memory a quotient that is read twice. The
+        # outer abs clears the sign of a NaN, whose bits then are above infinity's.
+        ratio = quotient(jnp.abs(m), u).astype(jnp.float32)
+        bits = _bits(jnp.abs(ratio + self.KNEE))
+        code = ((bits + _carry(dither, self.SHIFT)) >> self.SHIFT) - self.FIRST
+        is_finite = bits < _INFINITY_BITS
+        size = jnp.where(is_finite, jnp.minimum(code, self.LAST), self.NAN)
+        return narrowed(jnp.where(m < 0, -size, size), jnp.int8)
+
+
+class WideNorm:
+    """float32 and float64: u as it is, which is its own code."""
+
+    is_scaled, is_finite, smallest = False, False, 0.0
+    infinity = last = float("inf")
+
+    def __init__(self, dtype):
+        self.dtype, self.largest = jnp.dtype(dtype), float(jnp.finfo(dtype).max)
+
+    def read(self, stored, u_scale):
+        return stored
+
+    def write(self, u, u_scale):
+        return within(u, self.largest).astype(self.dtype)
+
+    def next(self, stored, u, size, c, next_u):
+        return self.write(u, c.next_u_scale)
+
+    def code(self, u, u_scale):
+        return u
+
+    def decayed(self, u, c):
+        return c.decay * u
+
+    def grown(self, u, c):
+        # Finite, so that an infinite gradient is cut off too.
+        return smaller(c.max_growth * u, number(self.largest, u.dtype))
+
+
+class _ScaledNorm:
+    """A u below 32 bits, stored as ``u / u_scale``."""
+
+    is_scaled = True
+
+    def write(self, u, u_scale):
+        return self.stored(self.code(u, u_scale), u, u_scale)
+
+    def next(self, stored, u, size, c, next_u):
+        """The next u in codes; ``u``, the same in floats, has its derivatives."""
+        code = next_u(self, self.codes(stored), size, c)
+        return self.stored(code, u, c.next_u_scale)
+
+
+class Bfloat16Norm(_ScaledNorm):
+    """The upper 16 bits of a float32. Its codes are float32 bits."""
+
+    is_finite, largest, smallest = False, _MAX, 4 * _TINY
+    infinity, last = _INFINITY_BITS, np.iinfo(np.int32).max
+
+    def read(self, stored, u_scale):
+        return stored.astype(jnp.float32) * _float32(u_scale)
+
+    def code(self, u, u_scale):
+        inverse = 1 / _float32(u_scale)
+        bits = _bits(jnp.abs(_float32(u) * inverse))
+        # A little less than the largest, so that the product with the scale is finite.
+        end = _bits((1 - 2.0**-22) * _MAX * inverse) & -(1 << 16)
+        return _nearest(bits, jnp.minimum(bits, end))
+
+    def codes(self, stored):
+        return _bits(stored)
+
+    def decayed(self, code, c):
+        return _bits(_float(code) * _float32(c.halving))
+
+    def grown(self, code, c):
+        factor = _float32(c.max_growth * (c.u_scale / c.next_u_scale))
+        bits = _bits(_float(code) * factor)
+        limit = _nearest(bits, jnp.minimum(bits, _INFINITY_BITS - (1 << 16)))
+        # Or to the next larger number, so that it can grow at all.
+        return jnp.maximum(limit, self.decayed(code, c) + (1 << 16))
+
+    def stored(self, code, u, u_scale):
+        scaled = _float32(u) / _float32(u_scale)
+        return as_rounded(scaled, _float(code)).astype(jnp.bfloat16)
+
+
+class Uint8Norm(_ScaledNorm):
+    """The leading bits of a float32: 4 codes per octave, linear in between.
+
+    Code 1 is 2^-32 and code 255 is 1.5 * 2^31; code 0 is 0. NaN and infinity count as
+    the largest number.
+    """
+
+    is_finite, largest, smallest = True, 1.5 * 2.0**31, 2.0**-32
+    SHIFT, OFFSET = 21, (127 - 32) * 4 - 1
+    infinity = (_INFINITY_BITS >> SHIFT) - OFFSET
+    last = np.iinfo(np.int32).max
+
+    def read(self, stored, u_scale):
+        u = _float((stored.astype(jnp.int32) + self.OFFSET) << self.SHIFT)
+        return jnp.where(stored == 0, 0, u) * _float32(u_scale)
+
+    def code(self, u, u_scale):
+        bits = _bits(jnp.abs(_float32(u) * (1 / _float32(u_scale))))
+        # To nearest; a carry goes on to the next octave, or to the sign bit.
+        half = 1 << (self.SHIFT - 1)
+        code = lax.shift_right_logical(bits + half, self.SHIFT) - self.OFFSET
+        # What is not 0 does not become 0.
+        return jnp.maximum(code, jnp.minimum(bits, 1))
+
+    def codes(self, stored):
+        return stored.astype(jnp.int32)
+
+    def decayed(self, code, c):
+        bits = _bits(c.halving)
+        smallest = jnp.minimum(code, jnp.minimum(bits, 1))
+        return jnp.maximum(code + (bits >> self.SHIFT) - 4 * 127, smallest)
+
+    def grown(self, code, c):
+        # n codes are a factor of 1 + n/4 at most within an octave, as the bits say.
+        factor = _bits(c.max_growth * (c.u_scale / c.next_u_scale))
+        limit = code + (factor >> self.SHIFT) - 4 * 127
+        return jnp.maximum(limit, self.decayed(code, c) + 1)
+
+    def stored(self, code, u, u_scale):
+        return narrowed(jnp.minimum(code, self.code(self.largest, u_scale)), jnp.uint8)
+
+
+_WIDE = ("float64", "float32")
+MEANS = {x: WideMean(x) for x in _WIDE}
+MEANS |= {"bfloat16": Bfloat16Mean(), "int8": Int8Mean()}
+NORMS = {x: WideNorm(x) for x in _WIDE}
+NORMS |= {"bfloat16": Bfloat16Norm(), "uint8": Uint8Norm()}
+
+
+def mean_of(dtype: Any) -> Any:
+    """The format of an m of this dtype; a complex m has that of its parts."""
+    return _format(MEANS, "m", real_dtype(dtype))
+
+
+def norm_of(dtype: Any) -> Any:
+    """The format of a u of this dtype."""
+    return _format(NORMS, "u", dtype)
+
+
+def _format(formats, name, dtype):
+    if jnp.dtype(dtype).name not in formats:
+        raise TypeError(
+            f"The state has {name} in {jnp.dtype(dtype).name}, but {name} is stored in "
+            f"one of {', '.join(formats)}. Version 0.1 stored it in float16 and float8 "
+            "too: convert such a state there, with convert_state."
+        )
+    return formats[jnp.dtype(dtype).name]
+
+
+def default_dtype(dtype: Any) -> Any:
+    """What a parameter's state is stored in: its own dtype, or bfloat16 below 32 bits."""
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
+    return jnp.dtype(dtype if is_wide else jnp.bfloat16)
+
+
+def next_scale(u_scale: jax.Array, b2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``b2 * u_scale``, doubled until it is at least 1, and the factor for stored u."""
+    scale = b2 * u_scale
+    # frexp: scale = fraction * 2^exponent with a fraction in [1/2, 1).
+    _, exponent = jnp.frexp(lax.stop_gradient(scale))
+    power = jnp.ldexp(jnp.ones_like(scale), 1 - exponent)
+    # With b2 = 0 nothing is left of u.
+    is_left = scale > 0
+    return jnp.where(is_left, scale * power, 1), jnp.where(is_left, 1 / power, 0)
+
+
+def _carry(dither, shift):
+    """The integer to add before truncating ``shift`` bits.
+
+    A remainder above ``dither``, as a fraction of the truncated bits, rounds up.
+    """
+    whole = 1 << shift
+    return whole - 1 - jnp.floor(dither * float(whole)).astype(jnp.int32)
+
+
+def _nearest(bits, finite):
+    """float32 bits rounded to their upper half; infinity and NaN stay."""
+    return jnp.maximum(finite + (1 << 15), bits) & -(1 << 16)
+
+
+def _float32(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+def _bits(x):
+    return lax.bitcast_convert_type(_float32(x), jnp.int32)
+
+
+def _float(bits):
+    return lax.bitcast_convert_type(bits, jnp.float32)
