@@ -20,7 +20,7 @@ from adamax_jax._checks import (
     check_state,
     check_stored,
 )
-from adamax_jax._formats import MEANS, NORMS, default_dtype, next_scale, norm_of
+from adamax_jax._formats import MEANS, NORMS, default_dtype, next_scale
 from adamax_jax._learning_rate import decayed_weights, descend
 from adamax_jax._numerics import cast, dtype_like, number, real_dtype
 from adamax_jax._shared_axes import (
@@ -29,16 +29,11 @@ from adamax_jax._shared_axes import (
     shape_beside,
     zeros_shared,
 )
-from adamax_jax._trees import (
-    dtypes_beside,
-    is_trained,
-    update_leaves,
-    zeros_beside,
-)
+from adamax_jax._trees import dtypes_beside, update_leaves, zeros_beside
 from adamax_jax._update import (
     Rule,
     Scalars,
-    dither,
+    dither_of,
     is_surely_positive,
     mean_scalars,
     scalar_dtype,
@@ -281,8 +276,6 @@ def scale_by_adamax(
 
     def init_fn(params):
         check_params(params, m_dtype)
-        for p in filter(is_trained, jax.tree.leaves(params)):
-            check_ratio(b1, b2, _m_dtype(p, m_dtype))
         check_rounding({"b1": b1, "b2": b2}, params, m_dtype, u_dtype)
         return ScaleByAdamaxState(
             count=jnp.zeros([], jnp.int32),
@@ -314,14 +307,14 @@ def scale_by_adamax(
         count = jnp.asarray(optax.safe_increment(state.count))
         dtype = scalar_dtype(updates, state.m, state.u)
         next_u_scale, halving = state.u_scale, 1.0
-        if any(norm_of(u.dtype).is_scaled for u in jax.tree.leaves(state.u)):
+        if any(NORMS[u.dtype.name].is_scaled for u in jax.tree.leaves(state.u)):
             next_u_scale, halving = next_scale(
                 state.u_scale, number(b2, state.u_scale.dtype)
             )
         c = Scalars(
             **mean_scalars(b1, jnp.asarray(count, dtype)),
             eps=eps,
-            dither=dither(count),
+            dither=dither_of(count),
             decay=b2,
             max_growth=max_growth,
             u_scale=state.u_scale,

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adamax_jax._formats import mean_of, norm_of
-from adamax_jax._numerics import arithmetic_dtype
+from adamax_jax._formats import MEANS, NORMS
+from adamax_jax._numerics import arithmetic_dtype, real_dtype
 from adamax_jax._trees import is_inside, is_trained, name_of
 
 _COMPLEX_PARTS = (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
@@ -94,9 +94,24 @@ def check_dtype(
     return dtype
 
 
+def check_formats(m_dtype: Any, u_dtype: Any) -> None:
+    """Refuses the dtypes of a state that is not stored in one of the formats."""
+    for name, dtype, known in (
+        ("m", real_dtype(m_dtype), MEANS),
+        ("u", jnp.dtype(u_dtype), NORMS),
+    ):
+        if dtype.name not in known:
+            raise TypeError(
+                f"The state's {name} has dtype {dtype.name}, but {name} is stored in "
+                f"one of {', '.join(known)}. A state that version 0.1 stored in float16 "
+                "or float8 is converted there, with its convert_state; one that was cast "
+                "has to be cast back."
+            )
+
+
 def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
     """Refuses one byte for m, stored as its ratio to u, where that is not bounded."""
-    if m_dtype is None or not mean_of(m_dtype).is_ratio:
+    if m_dtype is None or not MEANS[real_dtype(m_dtype).name].is_ratio:
         return
     if isinstance(b1, float) and isinstance(b2, float) and b1 >= b2:
         raise ValueError(
@@ -185,7 +200,7 @@ def check_rounding(
         arithmetic_dtype(jnp.result_type(p), *filter(None, (m_dtype, u_dtype)))
         for p in filter(is_trained, jax.tree.leaves(params))
     }
-    if u_dtype is not None and norm_of(u_dtype).is_scaled:
+    if u_dtype is not None and NORMS[u_dtype.name].is_scaled:
         # A narrow u decays by its scale, which is a float32.
         arithmetic.add(jnp.float32)
     for name, rate in rates.items():
@@ -241,18 +256,21 @@ def check_stored(
             continue
         checked.add(kind)
         m_dtype, u_dtype, u_shape = as_at_init(path, m, u, p_dtype)
-        for name, leaf, dtype, shape in (
-            ("m", m, m_dtype, m.shape),
-            ("u", u, u_dtype, u_shape),
-        ):
-            if (leaf.dtype, leaf.shape) != (dtype, shape):
-                error = TypeError if leaf.dtype != dtype else ValueError
-                raise error(
-                    f"The state's {name} at {name_of(path)} is {leaf.dtype} of shape "
-                    f"{leaf.shape}, but this optimizer stores {dtype.name} of shape "
-                    f"{shape} there, by its {name}_dtype, its shared_axes and the "
-                    f"parameter. {_NO_CASTS}"
+        for name, leaf, dtype in (("m", m, m_dtype), ("u", u, u_dtype)):
+            if leaf.dtype != dtype:
+                beside = f", beside a parameter in {p_dtype}" if p_dtype else ""
+                raise TypeError(
+                    f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, but "
+                    f"this optimizer stores {dtype.name} ({name}_dtype){beside}. "
+                    f"{_NO_CASTS}"
                 )
+        if u.shape != u_shape:
+            raise ValueError(
+                f"The state's u at {name_of(path)} has shape {u.shape} beside m of "
+                f"shape {m.shape}, but with this optimizer's shared_axes it has "
+                f"{u_shape}. insert_state brings the state of an optimizer with other "
+                "shared_axes into what init returns."
+            )
 
 
 _NO_CASTS = (

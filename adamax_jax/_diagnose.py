@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from adamax_jax._checks import check_eps
-from adamax_jax._formats import mean_of, norm_of
+from adamax_jax._formats import formats
 from adamax_jax._trees import name_of
 from adamax_jax._numerics import arithmetic_dtype, cast, number, quotient
 from adamax_jax._state import read, scale_of, some_states
@@ -293,7 +293,7 @@ def _row(stored_m, stored_u, u_scale, eps):
     ratio = quotient(m, u)
     # The optimizer's eps may have been rounded to float32.
     floor = number(eps, u.dtype) * (1 + 2**-20)
-    norm = norm_of(stored_u.dtype)
+    _, norm = formats(stored_m.dtype, stored_u.dtype)
     floor = norm.read(norm.write(floor, u_scale), u_scale)
     # Without m, gradients below the smallest number of a dtype would be none at all.
     # NaN counts as seen.
@@ -318,7 +318,7 @@ def _row(stored_m, stored_u, u_scale, eps):
 
 def _is_saturated(stored_m, stored_u, u_scale):
     """Where a stored m or u is at an end of the range of its dtype."""
-    mean, norm = mean_of(stored_m.dtype), norm_of(stored_u.dtype)
+    mean, norm = formats(stored_m.dtype, stored_u.dtype)
     is_end = jnp.zeros(jnp.broadcast_shapes(stored_m.shape, stored_u.shape), bool)
     if mean.is_ratio:
         is_end |= jnp.abs(stored_m) == mean.LAST

@@ -21,27 +21,41 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from adamax_jax._numerics import number, quotient, real_dtype, within
+from adamax_jax._numerics import dtype_like, number, quotient, real_dtype, within
 from adamax_jax._xla import as_rounded, larger, narrowed, smaller
 
 # Of float32.
-_MAX, _TINY = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
-_INFINITY_BITS, _SIGN_BIT = 0x7F800000, -(1 << 31)
+_MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+_INFINITY, _SIGN = 0x7F800000, -(1 << 31)
 
 
-class WideMean:
-    """float32 and float64: m as it is."""
+class Wide:
+    """float32 and float64, for m and for u: numbers as they are. A u is its own code."""
 
-    is_ratio = False
+    is_ratio = is_scaled = is_finite = False
+    smallest, infinity, last = 0.0, float("inf"), float("inf")
 
     def __init__(self, dtype):
         self.dtype, self.largest = jnp.dtype(dtype), float(jnp.finfo(dtype).max)
 
-    def read(self, stored, u, norm):
+    def read(self, stored, *_):
         return stored
 
-    def write(self, m, u, dither):
-        return m.astype(self.dtype)
+    def write(self, x, *_):
+        return within(x, self.largest).astype(dtype_like(x, self.dtype))
+
+    def next(self, stored, u, size, c, next_u):
+        return self.write(u)
+
+    def code(self, u, u_scale):
+        return u
+
+    def decayed(self, u, c):
+        return c.decay * u
+
+    def grown(self, u, c):
+        # Finite, so that an infinite gradient is cut off too.
+        return smaller(c.max_growth * u, number(self.largest, u.dtype))
 
 
 class Bfloat16Mean:
@@ -54,9 +68,9 @@ class Bfloat16Mean:
 
     def write(self, m, u, dither):
         bits = _bits(m)
-        size, sign = bits & ~_SIGN_BIT, bits & _SIGN_BIT
+        size, sign = bits & ~_SIGN, bits & _SIGN
         # Finite numbers stay finite. Infinity and NaN have larger bits, and stay.
-        finite = jnp.minimum(size, _INFINITY_BITS - (1 << 16))
+        finite = jnp.minimum(size, _INFINITY - (1 << 16))
         size = jnp.maximum(finite + _carry(dither, 16), size) & -(1 << 16)
         return as_rounded(m, _float(size | sign)).astype(jnp.bfloat16)
 
@@ -94,38 +108,9 @@ class Int8Mean:
         ratio = quotient(jnp.abs(m), u).astype(jnp.float32)
         bits = _bits(jnp.abs(ratio + self.KNEE))
         code = ((bits + _carry(dither, self.SHIFT)) >> self.SHIFT) - self.FIRST
-        is_finite = bits < _INFINITY_BITS
+        is_finite = bits < _INFINITY
         size = jnp.where(is_finite, jnp.minimum(code, self.LAST), self.NAN)
         return narrowed(jnp.where(m < 0, -size, size), jnp.int8)
-
-
-class WideNorm:
-    """float32 and float64: u as it is, which is its own code."""
-
-    is_scaled, is_finite, smallest = False, False, 0.0
-    infinity = last = float("inf")
-
-    def __init__(self, dtype):
-        self.dtype, self.largest = jnp.dtype(dtype), float(jnp.finfo(dtype).max)
-
-    def read(self, stored, u_scale):
-        return stored
-
-    def write(self, u, u_scale):
-        return within(u, self.largest).astype(self.dtype)
-
-    def next(self, stored, u, size, c, next_u):
-        return self.write(u, c.next_u_scale)
-
-    def code(self, u, u_scale):
-        return u
-
-    def decayed(self, u, c):
-        return c.decay * u
-
-    def grown(self, u, c):
-        # Finite, so that an infinite gradient is cut off too.
-        return smaller(c.max_growth * u, number(self.largest, u.dtype))
 
 
 class _ScaledNorm:
@@ -146,7 +131,7 @@ class Bfloat16Norm(_ScaledNorm):
     """The upper 16 bits of a float32. Its codes are float32 bits."""
 
     is_finite, largest, smallest = False, _MAX, 4 * _TINY
-    infinity, last = _INFINITY_BITS, np.iinfo(np.int32).max
+    infinity, last = _INFINITY, np.iinfo(np.int32).max
 
     def read(self, stored, u_scale):
         return stored.astype(jnp.float32) * _float32(u_scale)
@@ -167,7 +152,7 @@ class Bfloat16Norm(_ScaledNorm):
     def grown(self, code, c):
         factor = _float32(c.max_growth * (c.u_scale / c.next_u_scale))
         bits = _bits(_float(code) * factor)
-        limit = _nearest(bits, jnp.minimum(bits, _INFINITY_BITS - (1 << 16)))
+        limit = _nearest(bits, jnp.minimum(bits, _INFINITY - (1 << 16)))
         # Or to the next larger number, so that it can grow at all.
         return jnp.maximum(limit, self.decayed(code, c) + (1 << 16))
 
@@ -185,7 +170,7 @@ class Uint8Norm(_ScaledNorm):
 
     is_finite, largest, smallest = True, 1.5 * 2.0**31, 2.0**-32
     SHIFT, OFFSET = 21, (127 - 32) * 4 - 1
-    infinity = (_INFINITY_BITS >> SHIFT) - OFFSET
+    infinity = (_INFINITY >> SHIFT) - OFFSET
     last = np.iinfo(np.int32).max
 
     def read(self, stored, u_scale):
@@ -196,7 +181,7 @@ class Uint8Norm(_ScaledNorm):
         bits = _bits(jnp.abs(_float32(u) * (1 / _float32(u_scale))))
         # To nearest; a carry goes on to the next octave, or to the sign bit.
         half = 1 << (self.SHIFT - 1)
-        code = lax.shift_right_logical(bits + half, self.SHIFT) - self.OFFSET
+        code = lax.shift_right_logical(bits + half, jnp.int32(self.SHIFT)) - self.OFFSET
         # What is not 0 does not become 0.
         return jnp.maximum(code, jnp.minimum(bits, 1))
 
@@ -218,37 +203,24 @@ class Uint8Norm(_ScaledNorm):
         return narrowed(jnp.minimum(code, self.code(self.largest, u_scale)), jnp.uint8)
 
 
-_WIDE = ("float64", "float32")
-MEANS = {x: WideMean(x) for x in _WIDE}
-MEANS |= {"bfloat16": Bfloat16Mean(), "int8": Int8Mean()}
-NORMS = {x: WideNorm(x) for x in _WIDE}
-NORMS |= {"bfloat16": Bfloat16Norm(), "uint8": Uint8Norm()}
+_WIDE = {name: Wide(name) for name in ("float64", "float32")}
+MEANS = _WIDE | {"bfloat16": Bfloat16Mean(), "int8": Int8Mean()}
+NORMS = _WIDE | {"bfloat16": Bfloat16Norm(), "uint8": Uint8Norm()}
 
 
-def mean_of(dtype: Any) -> Any:
-    """The format of an m of this dtype; a complex m has that of its parts."""
-    return _format(MEANS, "m", real_dtype(dtype))
-
-
-def norm_of(dtype: Any) -> Any:
-    """The format of a u of this dtype."""
-    return _format(NORMS, "u", dtype)
-
-
-def _format(formats, name, dtype):
-    if jnp.dtype(dtype).name not in formats:
-        raise TypeError(
-            f"The state has {name} in {jnp.dtype(dtype).name}, but {name} is stored in "
-            f"one of {', '.join(formats)}. Version 0.1 stored it in float16 and float8 "
-            "too: convert such a state there, with convert_state."
-        )
-    return formats[jnp.dtype(dtype).name]
+def formats(m_dtype: Any, u_dtype: Any) -> tuple[Any, Any]:
+    """The formats of m and u in these dtypes; a complex m has that of its parts."""
+    return MEANS[real_dtype(m_dtype).name], NORMS[jnp.dtype(u_dtype).name]
 
 
 def default_dtype(dtype: Any) -> Any:
-    """What a parameter's state is stored in: its own dtype, or bfloat16 below 32 bits."""
-    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
-    return jnp.dtype(dtype if is_wide else jnp.bfloat16)
+    """What a parameter's state is stored in: its own dtype, or bfloat16 below 32 bits.
+
+    float32 stands for the dtype of a parameter that is not known.
+    """
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.bfloat16)
 
 
 def next_scale(u_scale: jax.Array, b2: jax.Array) -> tuple[jax.Array, jax.Array]:

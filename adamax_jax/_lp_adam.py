@@ -26,7 +26,7 @@ from adamax_jax._trees import dtypes_beside, update_leaves, zeros_beside
 from adamax_jax._update import (
     Rule,
     Scalars,
-    dither,
+    dither_of,
     is_surely_positive,
     mean_scalars,
     one_minus_power,
@@ -197,7 +197,7 @@ def scale_by_lp_adam(
         dtype = scalar_dtype(updates, state.m, state.u)
         t = jnp.asarray(count, dtype)
         c = Scalars(
-            **mean_scalars(b1, t), **_weights(p, b2, t), eps=eps, dither=dither(count)
+            **mean_scalars(b1, t), **_weights(p, b2, t), eps=eps, dither=dither_of(count)
         )
         c = cast(c, dtype)
         step, m, u = update_leaves(
@@ -364,23 +364,21 @@ class MeanOfOrder(NamedTuple):
     def __call__(self, norm, u, size, c):
         """((1 - w) u^p + w |g|^p)^(1/p), no power of which exceeds 1."""
         old, new = c.decay * u, c.weight * size
-        maximum = larger(old, new)
+        high, low = larger(old, new), smaller(old, new)
         if self.known_p == math.inf:
-            return maximum
-        is_old = new <= old
-        high, low = jnp.where(is_old, old, new), jnp.where(is_old, new, old)
+            return high
         ratio = divide(low, jnp.where(high == 0, 1, high))
         gain = jnp.expm1(jnp.log1p(_power(ratio, c.p, self.known_p)) / c.p)
         # An average changes by little at a step and remembers an error of it for long:
         # the change is added to u, instead of multiplying by a number close to 1.
-        is_close = is_old & (c.decay > 0.5)
+        is_close = (new <= old) & (c.decay > 0.5)
         base = jnp.where(is_close, u, high)
         change = jnp.where(is_close, c.decay * gain - c.one_minus_decay, gain)
         mean = base + base * change
         # A mean of finite numbers is finite, but may be rounded to infinity.
         largest = number(norm.largest, mean.dtype)
-        mean = jnp.where(jnp.isinf(mean) & jnp.isfinite(maximum), largest, mean)
-        return jnp.where(c.p < _INFINITE_ORDER, mean, maximum)
+        mean = jnp.where(jnp.isinf(mean) & jnp.isfinite(high), largest, mean)
+        return jnp.where(c.p < _INFINITE_ORDER, mean, high)
 
 
 def _power(x, p, known_p):

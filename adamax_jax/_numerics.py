@@ -48,7 +48,8 @@ def _shortened(x, size, tolerance):
     A number with finite parts counts as finite, even if its modulus overflows. Where
     size is |x| + eps, ``tolerance`` has the purpose that :func:`clip` explains.
     """
-    half = jnp.abs(by_parts(lambda part: part / 2, x))
+    # Plus zeros, for the shape and the sharding of both.
+    half = jnp.abs(by_parts(lambda part: part / 2, x)) + jnp.zeros_like(size)
     is_beyond = jnp.isfinite(half) & (half > tolerance / 2 * size)
     share = jnp.where(is_beyond, (size / 2) / jnp.where(is_beyond, half, 1), 1)
     return by_parts(lambda part: part * share, x)

@@ -11,8 +11,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from adamax_jax._adamax import ScaleByAdamaxState
-from adamax_jax._checks import check_complex, check_dtype
-from adamax_jax._formats import MEANS, NORMS, mean_of, norm_of
+from adamax_jax._checks import check_complex, check_dtype, check_formats
+from adamax_jax._formats import MEANS, NORMS, formats
 from adamax_jax._lp_adam import ScaleByLpAdamState
 from adamax_jax._trees import is_inside, name_of, path_finder
 from adamax_jax._numerics import (
@@ -213,9 +213,10 @@ def read(
     stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """m and u of one leaf as numbers, in float32 at least."""
-    norm = norm_of(stored_u.dtype)
+    check_formats(stored_m.dtype, stored_u.dtype)
+    mean, norm = formats(stored_m.dtype, stored_u.dtype)
     u = norm.read(stored_u, u_scale)
-    return mean_of(stored_m.dtype).read(stored_m, u, norm), u
+    return mean.read(stored_m, u, norm), u
 
 
 def stored_as(
@@ -225,7 +226,7 @@ def stored_as(
 
     Where u is beyond its dtype, both shrink, and the step is the same.
     """
-    mean, norm = mean_of(m_dtype), norm_of(u_dtype)
+    mean, norm = formats(m_dtype, u_dtype)
     m, u = cast((m, u), arithmetic_dtype(m.dtype, u.dtype, m_dtype, u_dtype))
     largest = number(min(mean.largest, norm.largest), u.dtype)
     is_beyond = jnp.isfinite(u) & (u > largest)
@@ -233,7 +234,7 @@ def stored_as(
     m = by_parts(lambda part: part * share, m)
     stored_u = norm.write(jnp.where(is_beyond, largest, u), u_scale)
     read_u = norm.read(stored_u, u_scale).astype(u.dtype)
-    return mean.write(m, read_u, dither=0.5).astype(m_dtype), stored_u
+    return mean.write(m, read_u, 0.5), stored_u
 
 
 def scale_of(state: ScaleByAdamaxState) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamax_jax._formats import norm_of
+from adamax_jax._formats import NORMS
 from adamax_jax._numerics import dtype_of
 
 
@@ -86,7 +86,7 @@ def update_leaves(
             step_dtype = _wider(dtype_of(g), dtype)
             step, leaf_m, leaf_u = update_leaf(g, leaf_m, leaf_u, step_dtype)
             steps.append(step)
-        elif norm_of(leaf_u.dtype).is_scaled:
+        elif NORMS[leaf_u.dtype.name].is_scaled:
             kind = complex if jnp.iscomplexobj(leaf_m) else float
             zero = jnp.zeros_like(leaf_m, kind)
             _, leaf_m, leaf_u = update_leaf(zero, leaf_m, leaf_u, zero.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from adamax_jax._formats import mean_of, norm_of
+from adamax_jax._formats import NORMS, formats
 from adamax_jax._numerics import (
     arithmetic_dtype,
     at_most,
@@ -69,16 +69,17 @@ class Scalars(NamedTuple):
 # Jitted here, once for all optimizers: leaves of one shape share one trace, and the
 # update outside of jax.jit takes one dispatch a leaf.
 @functools.partial(jax.jit, static_argnames=("rule", "step_dtype"))
-def update_leaf(
-    g: jax.Array,
-    stored_m: jax.Array,
-    stored_u: jax.Array,
-    c: Scalars,
-    rule: Rule,
-    step_dtype: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The step of one leaf, in ``step_dtype``, and its new m and u as stored."""
-    mean, norm = mean_of(stored_m.dtype), norm_of(stored_u.dtype)
+def update_leaf(g, stored_m, stored_u, c, rule, step_dtype):
+    """The step of one leaf, in ``step_dtype``, and its new m and u as stored.
+
+    Args:
+      g: The gradient, real or complex.
+      stored_m, stored_u: Of its shape; u has size 1 along axes that share it.
+      c: The :class:`Scalars` of the step.
+      rule: The :class:`Rule`.
+      step_dtype: A dtype.
+    """
+    mean, norm = formats(stored_m.dtype, stored_u.dtype)
     dtype = arithmetic_dtype(g.dtype, stored_m.dtype, stored_u.dtype)
     g, c, u = cast((g, c, norm.read(stored_u, c.u_scale)), dtype)
     m = cast(mean.read(stored_m, u, norm), dtype)
@@ -86,7 +87,7 @@ def update_leaf(
     size, g = _size_and_gradient(g, mean, norm)
     size = maximum_over(size, u.shape)
     size = size + c.eps if rule.eps_inside else size
-    u = rule.next_u(norm_of(dtype), u, size, c)
+    u = rule.next_u(NORMS[u.dtype.name], u, size, c)
     stored_u = norm.next(stored_u, u, size, c, rule.next_u)
     read_u = as_rounded(u, norm.read(stored_u, c.next_u_scale))
     if c.max_growth is not None:
@@ -157,7 +158,7 @@ def one_minus_power(b: ArrayLike, t: ArrayLike) -> jax.Array:
     return jnp.where(is_zero, 1 - b**t, -jnp.expm1(t * log_b))
 
 
-def dither(count: jax.Array) -> jax.Array:
+def dither_of(count: jax.Array) -> jax.Array:
     """A number in [0, 1) for each count: a hash, so that no period resonates with it.
 
     The hash is Chris Wellons's lowbias32, https://github.com/skeeto/hash-prospector.

@@ -36,8 +36,9 @@ def _one_of(function: Callable[..., Any], is_first: Callable[..., Any]) -> Any:
     return chosen
 
 
+# Of two equal arguments the larger is the second, the smaller the first.
 larger = _one_of(jnp.maximum, jnp.greater)
-smaller = _one_of(jnp.minimum, jnp.less)
+smaller = _one_of(jnp.minimum, jnp.less_equal)
 
 
 @jax.custom_jvp
@@ -47,15 +48,16 @@ def clip(x: jax.Array, size: jax.Array) -> jax.Array:
     Where size is |x| + eps they are always equal but for rounding, so that not even
     one comparison is safe: XLA may compute it twice. Test: ``test_derivatives.py``.
     """
-    return jnp.clip(x, -size, size)
+    return jnp.maximum(jnp.minimum(x, size), -size)
 
 
 @clip.defjvp
 def _(primals, tangents):
     x, size = primals
-    x_dot, size_dot = (dot + jnp.zeros_like(x) for dot in tangents)
+    result = clip(x, size)
+    x_dot, size_dot = (dot + jnp.zeros_like(result) for dot in tangents)
     is_clipped = jnp.abs(x) > (1 + 2.0**-20) * size
-    return clip(x, size), jnp.where(is_clipped, jnp.sign(x) * size_dot, x_dot)
+    return result, jnp.where(is_clipped, jnp.sign(x) * size_dot, x_dot)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -8,12 +8,7 @@ import numpy as np
 # Of int8: 16 codes to each octave of the ratio plus this.
 KNEE_OF_INT8 = 1.375 / 256
 # How far apart the numbers of another narrow m are, relative to it and at least.
-EPS_OF_M = {
-    "bfloat16": (2**-7, 0.0),
-    "float16": (2**-10, 2**-24),
-    "float8_e4m3fn": (2**-3, 2**-9),
-    "float8_e5m2": (2**-2, 2**-16),
-}
+EPS_OF_M = {"bfloat16": (2**-7, 0.0)}
 DECAYS = np.float32([0.0, 0.9, 0.99, 0.997])
 
 

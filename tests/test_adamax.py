@@ -124,17 +124,19 @@ def test_types_are_those_of_what_is_computed(storage):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_state_dtypes_are_the_parameters(x64, dtype):
+    """bfloat16 where these have fewer than 32 bits."""
     state = scale_by_adamax().init(jnp.ones(2, dtype))
-    chex.assert_type(state.m, dtype)
-    chex.assert_type(state.u, jnp.finfo(dtype).dtype)
+    is_wide = jnp.finfo(dtype).bits >= 32
+    chex.assert_type(state.m, dtype if is_wide else jnp.bfloat16)
+    chex.assert_type(state.u, jnp.finfo(dtype).dtype if is_wide else jnp.bfloat16)
     chex.assert_type(state.count, jnp.int32)
     chex.assert_type(state.u_scale, jnp.float32)
     assert not state.m.weak_type
     assert not state.u.weak_type
 
 
-@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "float8_e5m2", "int8"])
-@pytest.mark.parametrize("u_dtype", ["float32", "float16", "float8_e4m3fn", "uint8"])
+@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("u_dtype", ["float32", "bfloat16", "uint8"])
 def test_state_dtypes_as_asked_for(m_dtype, u_dtype):
     state = adamax(m_dtype=m_dtype, u_dtype=u_dtype).init(tree(jnp.bfloat16))[0]
     for leaf in jax.tree.leaves(state.m):
@@ -327,20 +329,18 @@ def test_state_can_be_pickled(storage):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "name", "old_module"),
+    ("optimizer", "name"),
     [
-        (scale_by_adamax(), "ScaleByAdamaxState", "adamax_jax._transform"),
-        (adamax_jax.scale_by_lp_adam(p=3), "ScaleByLpAdamState", "adamax_jax._lp"),
+        (scale_by_adamax(), "ScaleByAdamaxState"),
+        (scale_by_lp_adam(p=3), "ScaleByLpAdamState"),
     ],
 )
-def test_pickles_name_the_package_and_old_ones_load(optimizer, name, old_module):
-    """Before the package was reorganised, they named the file of the class."""
+def test_pickles_name_the_package(optimizer, name):
+    """Not the file of the class, so that they load after it has moved."""
     state = optimizer.init(tree())
     pickled = pickle.dumps(state, protocol=0)
-    here = f"cadamax_jax\n{name}\n".encode()
-    assert here in pickled
-    old = pickled.replace(here, f"c{old_module}\n{name}\n".encode())
-    restored = pickle.loads(old)
+    assert f"cadamax_jax\n{name}\n".encode() in pickled
+    restored = pickle.loads(pickled)
     assert type(restored) is type(state)
     chex.assert_trees_all_equal(restored, state)
 
@@ -486,8 +486,7 @@ class TestEndsOfTheRange:
         {},
         {"shared_axes": -1},
         {"m_dtype": "bfloat16", "u_dtype": "bfloat16"},
-        {"m_dtype": "float16", "u_dtype": "float16"},
-        {"m_dtype": "float8_e4m3fn", "u_dtype": "float8_e5m2"},
+        {"m_dtype": "bfloat16", "u_dtype": "uint8"},
         {"m_dtype": "int8", "u_dtype": "uint8"},
         {"m_dtype": "int8", "u_dtype": "float32", "shared_axes": -1},
     )
@@ -496,7 +495,7 @@ class TestEndsOfTheRange:
         """Constant gradients: each step is the sign, whatever the size."""
         state = optimizer.init(jnp.zeros_like(g, dtype_of_state(g)))
         # How far apart two numbers of m are where m/u is 0.1.
-        rtol = {"int8": 0.04, "float8_e4m3fn": 0.08}.get(state.m.dtype.name, 0.01)
+        rtol = {"int8": 0.04}.get(state.m.dtype.name, 0.01)
         for jit in (False, True):
             update = jax.jit(optimizer.update) if jit else optimizer.update
             state = optimizer.init(jnp.zeros_like(g, dtype_of_state(g)))
@@ -611,12 +610,11 @@ def test_float64_where_x64_is_off(explicit_x64, optimizer, jit):
         np.testing.assert_allclose(state.u, expected.u, rtol=1e-14)
 
 
-@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "float16", "int8"])
-@pytest.mark.parametrize("u_dtype", ["float16", "float8_e5m2", "uint8"])
-def test_constant_gradients_beyond_what_u_holds(m_dtype, u_dtype):
+@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "int8"])
+def test_constant_gradients_beyond_what_u_holds(m_dtype):
     """Count as the end of its range, for m as for u: steps of 1 at every age."""
     g = jnp.array([1e11, -40_000.0, 3e38])
-    optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype)
+    optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype="uint8")
 
     def step(state, _):
         updates, state = optimizer.update(g, state)
@@ -625,9 +623,8 @@ def test_constant_gradients_beyond_what_u_holds(m_dtype, u_dtype):
     _, steps = jax.lax.scan(step, optimizer.init(g), length=2000)
     expected = np.broadcast_to(np.sign(g), steps.shape)
     # The rounding of u, and that of m.
-    of_u = 1e-3 if u_dtype == "float16" else 1 / 8
     of_m = 0.1 if m_dtype == "int8" else 0.05
-    np.testing.assert_allclose(steps, expected, rtol=of_u + of_m)
+    np.testing.assert_allclose(steps, expected, rtol=1 / 8 + of_m)
 
 
 def test_gradients_that_are_just_finite_are_not_cut_off_in_float32():

@@ -152,7 +152,7 @@ def test_leaves_of_one_shape_are_traced_once(storage):
         for equation in jaxpr.eqns
         if "jaxpr" in equation.params
     )
-    for name in ("_update_leaf", "_multiply"):
+    for name in ("update_leaf", "_multiply"):
         assert [n for (called, _), n in calls.items() if called == name] == [leaves]
 
 

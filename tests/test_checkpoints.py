@@ -166,14 +166,10 @@ def test_the_state_is_needed(name):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_dtype_comes_back(way, tmp_path):
-    """Also those that NumPy itself does not know."""
-    floats = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
-    if way is by_equinox:
-        # NumPy's file format, which Equinox writes, does not know float8.
-        floats = floats[:2]
+    """Also bfloat16, which NumPy itself does not know."""
     params = make_params()
     states, templates = {}, {}
-    for m_dtype, u_dtype in [("int8", "uint8"), *zip(floats, floats, strict=True)]:
+    for m_dtype, u_dtype in [("int8", "uint8"), ("bfloat16", "bfloat16")]:
         optimizer = adamax(m_dtype=m_dtype, u_dtype=u_dtype)
         templates[m_dtype] = optimizer.init(params)
         states[m_dtype] = optimizer.update(params, templates[m_dtype])[1]

@@ -8,7 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from adamax_jax import adamaxw, lp_adam, scale_by_adamax
+from adamax_jax import (
+    adamax,
+    adamaxw,
+    lp_adam,
+    master_weights,
+    scale_by_adamax,
+)
 
 STEPS = 5
 RULES = {
@@ -93,15 +99,12 @@ def later_by_earlier(m_dtype, u_dtype):
     ("m_dtype", "u_dtype", "rtol"),
     [
         ("bfloat16", "bfloat16", 0.03),
-        ("float16", "float16", 0.003),
-        ("float8_e4m3fn", "float32", 0.04),
-        ("float8_e4m3fn", "bfloat16", 0.04),
-        ("float8_e4m3fn", "float8_e4m3fn", 0.4),
+        ("bfloat16", "float32", 0.03),
+        ("float32", "bfloat16", 0.03),
     ],
 )
 def test_they_pass_through_narrow_floats(m_dtype, u_dtype, rtol):
-    """About as exact as the numbers are; a float8 u is known to an eighth, and is one
-    of two terms that cancel."""
+    """About as exact as the numbers are."""
     exact = later_by_earlier("float32", "float32")
     assert np.all(exact != 0)
     np.testing.assert_allclose(later_by_earlier(m_dtype, u_dtype), exact, rtol=rtol)
@@ -114,3 +117,103 @@ def test_integers_pass_none():
     of_m = later_by_earlier("float32", "uint8")
     assert np.all(of_m > 0)
     assert np.any(later_by_earlier("float32", "float32") < 0)
+
+
+# Each coordinate is trained by two gradients of different sizes, whose product XLA may
+# join with a sum in one kernel and not in another: so |g| has two roundings.
+ROWS, COLUMNS = 400, 3
+SHARED = {"shared_axes": -1}
+GROWTH = {"b2": 0.9, "max_growth": 1.3}
+OPTIMIZERS = {
+    "adamax": adamax(0.1),
+    "eps outside": adamax(0.1, eps_inside=False),
+    "nesterov": adamax(0.1, nesterov=True),
+    "growth": adamax(0.1, **GROWTH),
+    "growth by 2": adamax(0.1, b2=0.99, max_growth=2.0),
+    "growth, eps outside": adamax(0.1, **GROWTH, eps_inside=False),
+    "shared u": adamax(0.1, **SHARED),
+    "shared u, growth": adamax(0.1, **SHARED, **GROWTH),
+    "adamaxw": adamaxw(0.1, weight_decay=0.1),
+    "p = infinity": lp_adam(0.1, jnp.inf, eps_inside=True),
+    "p = 3": lp_adam(0.1, 3),
+    "p = 2.5": lp_adam(0.1, 2.5),
+    "traced p": optax.inject_hyperparams(lp_adam)(0.1, p=lambda count: 2.0 + count.astype(float)),
+    "in a chain": optax.chain(optax.clip(10.0), adamax(0.1), optax.scale(1.0)),
+    "injected": optax.inject_hyperparams(adamax)(0.1, b2=0.99),
+}
+
+
+def losses_after(optimizer, a, steps=3):
+    """The loss of each row after some steps from 0 towards multiples of a."""
+    params = jnp.zeros_like(a)
+    state = optimizer.init(params)
+    for k in (1.0, 1.5, 0.4)[:steps]:
+        updates, state = optimizer.update(params - k * a, state, params)
+        params = optax.apply_updates(params, updates)
+    return jnp.sum(params * params, axis=-1)
+
+
+def finite_differences(function, a, h=1e-6):
+    """Of each row by each of its own columns; NaN where the function has a kink."""
+    columns = []
+    for column in np.eye(COLUMNS):
+        behind, here, ahead = (function(a + d * column[None]) for d in (-h, 0, h))
+        is_kink = np.abs(ahead - 2 * here + behind) > 1e-3 * h
+        columns.append(np.where(is_kink, np.nan, (ahead - behind) / (2 * h)))
+    return np.stack(columns, axis=-1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_compiled_and_eager_they_are_those_of_finite_differences(name, x64):
+    """In forward and in reverse mode, in float64 and in float32.
+
+    ``jnp.maximum`` fails this for a fifth of the coordinates where it is compiled.
+    """
+    losses = functools.partial(losses_after, OPTIMIZERS[name])
+    a = jnp.asarray(np.random.default_rng(0).normal(size=[ROWS, COLUMNS]))
+    expected = finite_differences(jax.jit(losses), a)
+    is_smooth = np.isfinite(expected)
+    assert np.mean(is_smooth) > 0.98
+    assert np.mean(np.abs(expected[is_smooth]) > 1e-5) > 0.9
+
+    reverse = jax.grad(lambda a: jnp.sum(losses(a)))
+
+    def forward(a):
+        columns = jnp.eye(COLUMNS, dtype=a.dtype)
+        tangents = jnp.broadcast_to(columns[:, None], [COLUMNS, *a.shape])
+        return jax.vmap(lambda dot: jax.jvp(losses, (a,), (dot,))[1], 0, -1)(tangents)
+
+    for derivatives in (reverse, jax.jit(reverse), jax.jit(forward)):
+        actual = np.asarray(derivatives(a))
+        np.testing.assert_allclose(
+            actual[is_smooth], expected[is_smooth], rtol=1e-5, atol=1e-7
+        )
+    # Differences of float32 numbers tell nothing; its derivatives are about the same.
+    actual = np.asarray(jax.jit(reverse)(a.astype(jnp.float32)))
+    is_close = np.abs(actual - expected) <= 1e-3 * (1 + np.abs(expected))
+    assert np.mean(is_close[is_smooth]) > 0.998
+
+
+BFLOAT16 = {"m_dtype": "bfloat16", "u_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("options", [{}, GROWTH], ids=["plain", "growth"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_compiled_they_pass_through_half_precision(dtype, options):
+    """Of the state and of master weights: as exact as numbers are; kinks may move."""
+    a = jnp.asarray(np.random.default_rng(0).normal(size=[ROWS, COLUMNS]), dtype)
+    exact_optimizer = adamax(0.1, **options)
+    optimizer = adamax(0.1, **BFLOAT16, **options)
+    if dtype != jnp.float32:
+        optimizer = master_weights(optimizer)
+
+    def derivatives(optimizer, a):
+        losses = functools.partial(losses_after, optimizer)
+        return jax.jit(jax.grad(lambda a: jnp.sum(losses(a), dtype=jnp.float32)))(a)
+
+    exact = derivatives(exact_optimizer, a.astype(jnp.float32))
+    # Optax adds updates to parameters of other dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        actual = derivatives(optimizer, a).astype(jnp.float32)
+    is_close = jnp.abs(actual - exact) <= 0.05 * jnp.abs(exact) + 0.02
+    assert np.mean(is_close) > 0.97

@@ -92,22 +92,18 @@ def test_coordinates_without_gradients_are_counted_at_any_age(storage, eps, eps_
     np.testing.assert_allclose(run(jnp.asarray(g)), 13 / 40, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float8_e5m2", "float8_e4m3fn"])
-def test_an_eps_below_the_smallest_number_of_a_dtype_is_no_gradient(dtype):
+def test_an_eps_below_the_smallest_number_of_a_dtype_is_no_gradient():
     g = jnp.array([0.0, 1.0])
-    state = run(adamax(u_dtype=dtype), [g] * 30)
-    assert diagnose(state).total["unseen"] == 0.5
-    assert diagnose(state).total["saturated"] == 0
+    state = run(adamax(u_dtype="uint8", eps=1e-11), [g] * 30)
+    total = diagnose(state, eps=1e-11).total
+    assert total["unseen"] == 0.5
+    assert total["saturated"] == 0
 
 
-@pytest.mark.parametrize(
-    ("dtype", "scale"),
-    [("float8_e4m3fn", 1e-4), ("float8_e5m2", 1e-6), ("float16", 1e-9)],
-)
-def test_gradients_below_a_dtype_are_saturated_and_not_unseen(dtype, scale):
+def test_gradients_below_a_dtype_are_saturated_and_not_unseen():
     rng = np.random.default_rng(0)
-    g = jnp.asarray(rng.normal(size=[20, 50]) * scale, jnp.float32).at[:, :10].set(0)
-    total = diagnose(run(adamax(u_dtype=dtype), list(g))).total
+    g = jnp.asarray(rng.normal(size=[20, 50]) * 1e-12, jnp.float32).at[:, :10].set(0)
+    total = diagnose(run(adamax(u_dtype="uint8", eps=0.0), list(g)), eps=0.0).total
     assert float(total["unseen"]) == pytest.approx(0.2)
     assert float(total["saturated"]) == pytest.approx(0.8)
 
@@ -158,10 +154,9 @@ def test_the_length_of_steps(name):
     ("m_dtype", "u_dtype", "gradient"),
     [
         ("float32", "uint8", 1e12),
-        ("float32", "float16", 1e8),
-        ("float32", "float8_e4m3fn", 1e5),
+        ("int8", "uint8", 1e12),
         ("bfloat16", "uint8", 1e-12),
-        ("float32", "float16", 1e-9),
+        ("float32", "uint8", 1e-12),
     ],
 )
 def test_numbers_beyond_a_dtype_are_saturated(m_dtype, u_dtype, gradient):
@@ -170,14 +165,6 @@ def test_numbers_beyond_a_dtype_are_saturated(m_dtype, u_dtype, gradient):
     total = diagnose(run(optimizer, [g]), eps=0.0).total
     assert total["saturated"] == 0.5
     assert total["unseen"] == 0.25
-
-
-def test_float16_holds_the_mean_of_every_gradient_beside_a_wide_u():
-    """As its ratio to u, 1 here; its own largest number is 65,504."""
-    g = jnp.array([1e8, -1e8, 1e-8, 1.0])
-    optimizer = adamax(b1=0.0, eps=0.0, m_dtype="float16", u_dtype="float32")
-    total = diagnose(run(optimizer, [g]), eps=0.0).total
-    assert total["saturated"] == 0 and total["rms"] == 1
 
 
 @pytest.mark.parametrize("m_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])

@@ -87,10 +87,9 @@ def test_dtypes_without_a_meaning(name):
         adamax(**{name: "narrow"})
 
 
-@pytest.mark.parametrize("m_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
-def test_one_byte_for_m_needs_b1_below_b2(m_dtype):
+def test_one_byte_for_m_needs_b1_below_b2():
     with pytest.raises(ValueError, match=r"b1 < b2, got b1=0.9 and b2=0.9"):
-        scale_by_adamax(0.9, 0.9, m_dtype=m_dtype)
+        scale_by_adamax(0.9, 0.9, m_dtype="int8")
     scale_by_adamax(0.9, 0.9, m_dtype="bfloat16", u_dtype="uint8")
 
 
@@ -274,7 +273,7 @@ CASES_OF_CASTS = [
     (
         {},
         lambda s: scale_by_adamax(**STORAGES["two bytes"]).init(jnp.ones(3)),
-        "m at .* has dtype int8, but this optimizer stores a float",
+        "m at .* has dtype int8, but this optimizer stores float32",
     ),
 ]
 
@@ -494,21 +493,17 @@ def test_containers_that_look_at_their_fields():
         np.testing.assert_allclose(updates.w, -0.1, rtol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
-def test_a_parameter_of_one_byte_needs_a_bounded_ratio(dtype):
-    """Its m has its dtype, unless another one is asked for."""
-    params = jnp.ones(2, dtype)
-    with pytest.raises(ValueError, match=r"b1 < b2, got b1=0.9 and b2=0.5"):
-        scale_by_adamax(0.9, 0.5).init(params)
-    scale_by_adamax(0.9, 0.5, m_dtype="float32").init(params)
-
-
 @pytest.mark.parametrize("optimizer", [adamax(0.1), lp_adam(0.1, p=2)])
 @pytest.mark.parametrize(
-    ("before", "after"), [(jnp.float16, jnp.float32), (jnp.float32, jnp.float16)]
+    ("before", "after"),
+    [
+        (jnp.float16, jnp.float32),
+        (jnp.float16, jnp.float16),
+        (jnp.float32, jnp.float16),
+    ],
 )
-def test_a_mean_in_float16_that_was_cast(optimizer, before, after):
-    """It is a ratio to u: beside the parameter that can be seen."""
+def test_a_mean_that_was_cast(optimizer, before, after):
+    """Also to the dtype of its parameter, in which version 0.1 stored a ratio to u."""
     params = jnp.ones(2, before)
     state = optimizer.init(params)
     cast = (state[0]._replace(m=state[0].m.astype(after)), *state[1:])
@@ -520,7 +515,7 @@ def test_a_bfloat16_state_cast_beside_its_parameters():
     optimizer = adamax(0.1)
     params = jnp.ones(2, jnp.bfloat16)
     state = cast_floats(optimizer.init(params), jnp.float32)
-    with pytest.raises(TypeError, match=r"u at .* float32, .* parameter in bfloat16"):
+    with pytest.raises(TypeError, match=r"m at .* float32, .* parameter in bfloat16"):
         optimizer.update(params, state, params)
 
 

@@ -92,12 +92,10 @@ class Storage:
 OF_M = {
     "float32": (0, 0),
     "bfloat16": (2**-7, 0),
-    "float16": (2**-10, 2**-24),
     "int8": (1 / 16, 4e-4),
-    "float8_e4m3fn": (1 / 8, 2**-9),
 }
-OF_U = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11, "uint8": 1 / 8}
-ENDS = {"uint8": (1e9, 1e-8), "float16": (1e4, 1e-3)}
+OF_U = {"float32": 0, "bfloat16": 2**-8, "uint8": 1 / 8}
+ENDS = {"uint8": (1e9, 1e-8)}
 
 
 def storage(m_dtype, u_dtype):
@@ -113,11 +111,10 @@ STORAGES = (
     storage("float32", "float32"),
     storage("float32", "uint8"),
     storage("bfloat16", "bfloat16"),
-    storage("float16", "uint8"),
-    storage("float16", "float16"),
+    storage("bfloat16", "uint8"),
     storage("int8", "uint8"),
     storage("int8", "float32"),
-    storage("float8_e4m3fn", "bfloat16"),
+    storage("int8", "bfloat16"),
 )
 COMPLEX = (
     Storage({}),

@@ -305,19 +305,18 @@ def test_from_torch_in_double_precision(x64):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn])
 def test_half_precision_states_are_stored_as_ours(dtype):
-    """float16 and one byte hold m/u: the numbers are the same, not what is stored."""
+    """In bfloat16: the numbers are the same but for its rounding."""
     m, u = jnp.array([3.0, -0.5, 0.0], dtype), jnp.array([4.0, 0.5, 0.0], dtype)
     optax_state = optax.ScaleByAdamState(jnp.int32(5), m, u)
     state = from_optax(optax_state)
-    chex.assert_type([state.m, state.u], dtype)
+    chex.assert_type([state.m, state.u], jnp.bfloat16)
     torch_state = {
         "state": {0: {"step": 5, "exp_avg": m, "exp_inf": u}},
         "param_groups": [{"params": [0]}],
     }
     for imported in (state, from_torch(torch_state, ["w"], lambda w: w["w"])):
         for actual, expected in zip(moments(imported), (m, u), strict=True):
-            # float8 has eight numbers an octave.
-            np.testing.assert_allclose(actual, np.float32(expected), rtol=2**-4)
+            np.testing.assert_allclose(actual, np.float32(expected), rtol=2**-8)
         step, _ = adamax(1.0, b1=0.5).update(
             jnp.zeros(3), (imported, optax.EmptyState())
         )

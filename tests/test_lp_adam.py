@@ -566,7 +566,8 @@ def test_p_is_scheduled_with_one_compilation():
 def test_half_precision_parameters_have_a_float32_norm(dtype):
     g = gradients(300, 16, decades=2).astype(dtype)
     updates, state = trajectory(scale_by_lp_adam(3), g)
-    assert updates.dtype == state.m.dtype == dtype
+    assert updates.dtype == dtype
+    assert state.m.dtype == jnp.bfloat16
     assert state.u.dtype == jnp.float32
     exact = exact_norm(g.astype(jnp.float32), 3)
     assert relative_error(state.u, exact) < 2e-5
@@ -613,15 +614,13 @@ def test_means_of_half_precision_parameters_die(dtype, p):
     actual = np.asarray(updates, np.float64)
     exact = exact_dying_mean(p)
     steps = exact.ratio * exact.correction
-    travel, last = noise_of_rounding(exact, dtype)
+    travel, last = noise_of_rounding(exact, "bfloat16")
     size = np.abs(steps)
     error = np.abs(actual.sum(axis=1) - steps.sum(axis=0))
     assert np.all(error <= 1e-4 * size.sum(axis=0) + 4 * travel)
     error = np.abs(actual[:, -1] - steps[-1])
     assert np.all(error <= 1e-4 * size[-1] + 4 * last + 1e-12)
     ended = [0, 1, 8, 9]
-    if dtype == "float16":
-        np.testing.assert_array_equal(m[:, ended], 0)
     assert np.all(np.abs(actual[:, -1, ended]) < 1e-12)
 
 
@@ -670,8 +669,6 @@ def test_what_else_is_refused():
         lp_adam(0.1, jnp.bfloat16(2))
     with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\)"):
         lp_adam(0.1, 2, b2=1.0)
-    with pytest.raises(TypeError, match=r"parameter at \['a'\] has dtype float8"):
-        lp_adam(0.1, 2).init({"a": jnp.ones(3, jnp.float8_e4m3b11fnuz)})
     optimizer = lp_adamw(0.1, 2)
     with pytest.raises(ValueError, match="parameters"):
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))

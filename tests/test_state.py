@@ -157,15 +157,14 @@ def test_conversion_of_one_keeps_the_other():
     assert float(converted[0].u_scale) == float(state[0].u_scale) > 1
 
 
-@pytest.mark.parametrize("u_dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
-def test_a_conversion_keeps_the_bound_of_steps(u_dtype, dtype):
+def test_a_conversion_keeps_the_bound_of_steps(dtype):
     """Where u is too large to be stored, m is cut down with it, as by an update."""
-    g = jnp.full(3, 1e6, dtype)
+    g = jnp.full(3, 1e12, dtype)
     optimizer = scale_by_adamax()
     _, state = train(optimizer, g, optimizer.init(g), [g] * 50)
-    narrow = convert_state(state, u_dtype=u_dtype)
-    update, _ = scale_by_adamax(u_dtype=u_dtype).update(0 * g, narrow)
+    narrow = convert_state(state, u_dtype="uint8")
+    update, _ = scale_by_adamax(u_dtype="uint8").update(0 * g, narrow)
     assert np.all(np.abs(update) <= LONGEST_STEP / ROUNDING_LEAVES)
     assert np.all(np.abs(update) > 0.1)
 

@@ -574,8 +574,9 @@ class TestUse:
         assert model.kernel[...].dtype == jnp.bfloat16
         chex.assert_trees_all_equal(nnx.to_pure_dict(params), expected[0])
         full = full_params(params, optimizer.opt_state)
+        # The last bit of a step of 1e-3 is 1e-10; compiled, sums are fused.
         chex.assert_trees_all_close(
-            nnx.to_pure_dict(full), full_params(*expected), rtol=1e-6
+            nnx.to_pure_dict(full), full_params(*expected), rtol=1e-6, atol=1e-9
         )
         again, state = set_full_params(params, optimizer.opt_state, full)
         chex.assert_trees_all_equal(nnx.to_pure_dict(again), expected[0])

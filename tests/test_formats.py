@@ -23,25 +23,17 @@ from sequences import (
 from versions import needs_new_xla
 
 from adamax_jax import adamax, convert_state, moments, scale_by_adamax
-from adamax_jax._storage import M_DTYPES, U_DTYPES, read, write
+from adamax_jax._formats import MEANS, NORMS
+from adamax_jax._state import read, stored_as
 
-NARROW = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "uint8"]
-FLOAT8 = ["float8_e4m3fn", "float8_e5m2"]
+NARROW = ["bfloat16", "uint8"]
 BYTES_PER_PARAMETER = {"own": 8, "bfloat16": 4, "two bytes": 2}
 # How far an update may be from that of float32, at gradients of every size.
 FAR_FROM_FLOAT32 = {"own": 0, "bfloat16": 0.02, "two bytes": 0.2}
-# Where a ratio m/u in one byte is cut off, and the last code of it in int8.
-LARGEST_RATIO = 1.25
 EVERY_STORAGE = pytest.mark.parametrize("name", STORAGES)
 # Decades on either side of 1 that a dtype holds with a full significand, spikes and the
 # factor of 2 of the scale included.
-DECADES = {
-    "bfloat16": 6,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 2,
-    "uint8": 6,
-}
+DECADES = {"bfloat16": 6, "uint8": 6}
 # The numbers of the uint8 scale: code 0 is 0, 4 codes per octave, code 1 is 2^-32.
 UINT8 = np.array([0.0] + [2.0 ** (k // 4 - 32) * (1 + k % 4 / 4) for k in range(255)])
 
@@ -150,7 +142,7 @@ def every_number(dtype):
 def written_back(m, u, u_scale):
     """What is stored again of what was read, and that."""
     read_m, read_u = read(m, u, u_scale)
-    return write(read_m, read_u, u_scale, m.dtype, u.dtype, dither=0.5), read_u
+    return stored_as(read_m, read_u, m.dtype, u.dtype, u_scale), read_u
 
 
 def assert_same_bits(actual, expected):
@@ -174,12 +166,9 @@ def test_every_u_that_is_read_is_written_back_as_it_was(u_dtype):
         )
 
 
-@pytest.mark.parametrize("m_dtype", ["int8", *FLOAT8, "bfloat16", "float16"])
+@pytest.mark.parametrize("m_dtype", ["int8", "bfloat16"])
 def test_every_m_that_is_read_is_written_back_as_it_was(m_dtype):
     m = every_number(m_dtype)
-    if m_dtype in FLOAT8:
-        # Above it, a ratio is cut off.
-        m = m[m.astype(np.float32) <= LARGEST_RATIO]
     m = jnp.asarray(np.concatenate([m, -m[1:]]))
     for u in (1.0, 3.7, 1e-6):
         (again, _), _ = written_back(m, jnp.full(m.shape, u), jnp.float32(1))
@@ -187,8 +176,8 @@ def test_every_m_that_is_read_is_written_back_as_it_was(m_dtype):
 
 
 def test_every_dtype_is_one_that_this_file_tests():
-    assert {*U_DTYPES} == {*NARROW, "float32", "float64"}
-    assert {*M_DTYPES} == {*U_DTYPES, "int8"} - {"uint8"}
+    assert {*NORMS} == {*NARROW, "float32", "float64"}
+    assert {*MEANS} == {*NORMS, "int8"} - {"uint8"}
 
 
 @pytest.mark.parametrize("u_dtype", NARROW)
@@ -288,52 +277,32 @@ def test_out_of_range(u_dtype):
     assert np.all(np.isfinite(u)) and np.all(u[:4] > 0) and u[4] == 0
 
 
-@pytest.mark.parametrize("dtype", ["float16", *FLOAT8])
-def test_large_gradients_leave_a_finite_state(dtype):
-    g = jnp.array([1e6, -1e30, 1.0])
-    optimizer = scale_by_adamax(m_dtype=dtype, u_dtype=dtype)
-    step = jax.jit(optimizer.update)
-    state = optimizer.init(g)
-    for _ in range(20):
-        update, state = step(g, state)
-        assert np.all(np.isfinite(state.m.astype(jnp.float32)))
-        assert np.all(np.isfinite(state.u.astype(jnp.float32)))
-        np.testing.assert_array_equal(np.sign(update), np.sign(g))
-        assert np.all(np.isfinite(update))
-
-
 # The longest step at the default rates where rounding adds to it, beside a wide u.
 BOUNDS = {
     "float32": 1.0092,
     "bfloat16": 1.04,
-    "float16": 1.011,
-    "float8_e4m3fn": 1.13,
-    "float8_e5m2": 1.25,
     "int8": 1.10,
 }
 
 
-@pytest.mark.parametrize("u_dtype", ["float16", *FLOAT8, "uint8"])
-@pytest.mark.parametrize("m_dtype", ["int8", "float8_e5m2", "bfloat16", "float32"])
-def test_no_step_gets_past_the_bound_out_of_range(m_dtype, u_dtype):
+@pytest.mark.parametrize("m_dtype", ["int8", "bfloat16", "float32"])
+def test_no_step_gets_past_the_bound_out_of_range(m_dtype):
     """Gradients beyond both ends, and none after them."""
     rng = np.random.default_rng(0)
     g = np.float32(10 ** rng.uniform(-36, 37, [500, 32]) * rng.choice([-1, 1], 32))
     g[:, ::2] = np.float32(10 ** rng.uniform(4, 37, [500, 16]))
     g[rng.random(g.shape) < 0.5] = 0
-    optimizer = scale_by_adamax(eps=0.0, m_dtype=m_dtype, u_dtype=u_dtype)
+    optimizer = scale_by_adamax(eps=0.0, m_dtype=m_dtype, u_dtype="uint8")
     update = updates_of(optimizer, jnp.asarray(g))
     assert np.all(np.abs(update) <= BOUNDS[m_dtype] / ROUNDING_LEAVES)
 
 
-@pytest.mark.parametrize("u_dtype", ["float16", *FLOAT8, "uint8"])
 @pytest.mark.parametrize("m_dtype", ["int8", "float32"])
-def test_no_step_gets_past_the_bound_just_out_of_range(m_dtype, u_dtype):
+def test_no_step_gets_past_the_bound_just_out_of_range(m_dtype):
     """Where less than half of u is cut off: m shrinks there, too."""
-    largest = 1.5 * 2.0**31 if u_dtype == "uint8" else float(jnp.finfo(u_dtype).max)
-    g = np.linspace(1, 2, 9, dtype=np.float32) * np.float32(largest)
+    g = np.linspace(1, 2, 9, dtype=np.float32) * np.float32(1.5 * 2.0**31)
     g = np.concatenate([np.tile(g, [60, 1]), np.zeros([2, 9], np.float32)])
-    optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype)
+    optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype="uint8")
     update = updates_of(optimizer, jnp.asarray(g))
     # The decay of the scale brings a u below its end back into the range.
     assert np.all(np.abs(update) <= BOUNDS[m_dtype] / ROUNDING_LEAVES)
@@ -438,14 +407,14 @@ def narrow_updates(m_dtype, u_dtype):
 
 
 def pairs_of_dtypes(m_dtypes=(*EPS_OF_M, "int8"), u_dtypes=("float32", "uint8", "own")):
-    """Of m and u; a float8 u would not hold these gradients."""
+    """Of m and u."""
     return pytest.mark.parametrize(
         ("m_dtype", "u_dtype"),
         [
             (m, m if u == "own" else u)
             for m in m_dtypes
             for u in u_dtypes
-            if u != "own" or m in ("bfloat16", "float16")
+            if u != "own" or m == "bfloat16"
         ],
     )
 
@@ -471,7 +440,7 @@ class TestNarrowMeans:
         error = np.abs(actual[:, -1] - steps[-1])
         assert np.all(error <= of_u * size[-1] + 4 * last + 1e-12)
 
-    @pairs_of_dtypes(m_dtypes=("float16", *FLOAT8, "int8"))
+    @pairs_of_dtypes(m_dtypes=("int8",))
     def test_what_has_ended_is_0_and_stays_0(self, m_dtype, u_dtype):
         """After a spike, and after gradients that are all the same."""
         updates, m = narrow_updates(m_dtype, u_dtype)
@@ -540,7 +509,7 @@ class TestStepOfTheStored:
     RULES = pytest.mark.parametrize(
         "rule", [{}, {"nesterov": True}, {"eps_inside": False, "eps": 0.5}], ids=str
     )
-    DTYPES = ("bfloat16", "float16", "float8_e5m2", "int8")
+    DTYPES = ("bfloat16", "int8")
 
     @RULES
     @pytest.mark.parametrize("u_dtype", ["float32", "uint8"])
@@ -554,9 +523,8 @@ class TestStepOfTheStored:
     def test_of_a_shared_u(self, m_dtype):
         self.assert_steps(scale_by_adamax(m_dtype=m_dtype, shared_axes=-1), {})
 
-    @pytest.mark.parametrize("u_dtype", ["bfloat16", "float16"])
-    def test_of_other_u(self, u_dtype):
-        self.assert_steps(scale_by_adamax(m_dtype="bfloat16", u_dtype=u_dtype), {})
+    def test_of_a_bfloat16_u(self):
+        self.assert_steps(scale_by_adamax(m_dtype="bfloat16", u_dtype="bfloat16"), {})
 
     def assert_steps(self, optimizer, rule):
         g = np.float32(np.random.default_rng(0).standard_normal([9, 4, 5]))
@@ -605,11 +573,11 @@ def test_the_largest_gradients_at_every_scale(m_dtype):
     _, (updates, u) = jax.lax.scan(step, optimizer.init(g), length=1500)
     assert np.all(np.isfinite(u))
     expected = np.broadcast_to(np.sign(g), updates.shape)
-    rounding = {"int8": 0.15, "float8_e4m3fn": 0.17, "float8_e5m2": 0.25}
+    rounding = {"int8": 0.15}
     np.testing.assert_allclose(updates, expected, rtol=rounding.get(m_dtype, 0.04))
 
 
-@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "int8"])
 def test_float64_u_beside_a_mean_of_less_range(m_dtype, x64):
     """What float32 cannot hold counts as its end, for u as for m."""
     optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype="float64")
@@ -620,8 +588,8 @@ def test_float64_u_beside_a_mean_of_less_range(m_dtype, x64):
         np.testing.assert_allclose(update, np.sign(g), rtol=0.1)
 
 
-@pytest.mark.parametrize("u_dtype", ["float32", "bfloat16", "float16", "uint8"])
-@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("u_dtype", ["float32", "bfloat16", "uint8"])
+@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "int8"])
 def test_others_stand_still_beside_an_infinite_u(m_dtype, u_dtype):
     """That they share: also at the next step."""
     optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype, shared_axes=-1)
@@ -671,8 +639,8 @@ def test_non_finite_gradients(name):
     np.testing.assert_array_equal(update, np.zeros(4))
 
 
-@pytest.mark.parametrize("u_dtype", ["bfloat16", "float16", "float8_e5m2", "uint8"])
-@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("u_dtype", ["bfloat16", "uint8"])
+@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "int8"])
 def test_non_finite_gradients_in_mixed_storage(m_dtype, u_dtype):
     optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype)
     g = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0])
@@ -733,16 +701,3 @@ def test_temporary_memory_is_no_more_than_optax_takes(name):
     with jax.numpy_dtype_promotion("standard"):
         allowed = temporary(optax.scale_by_adamax())
     assert temporary(scale_by_adamax(**STORAGES[name])) <= allowed + 1000
-
-
-@pytest.mark.parametrize("m_dtype", FLOAT8)
-def test_float8_keeps_nan(m_dtype):
-    """As other floats do: the coordinate stays NaN, and no other one is touched."""
-    optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype="float32")
-    g = jnp.array([jnp.nan, 1.0])
-    _, state = optimizer.update(g, optimizer.init(g))
-    for _ in range(3):
-        step, state = optimizer.update(jnp.ones(2), state)
-        np.testing.assert_array_equal(jnp.isnan(step), [True, False])
-        m, _ = moments(state)
-        np.testing.assert_array_equal(jnp.isnan(m), [True, False])
