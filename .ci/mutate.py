@@ -28,23 +28,22 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome
 
 # The tests that look at a module, those first that notice most in little time.
 TESTS = {
-    "_adamax": "reference optax_parity growth errors adamax fuzz storage shared leaves",
-    "_checks": "errors adamax storage lp_adam growth residual shared descend",
-    "_complex": "reference growth optax_parity adamax storage lp_adam",
-    "_descend": "descend optax_parity errors adamax lp_adam",
-    "_diagnose": "diagnose errors shared",
-    "_halves": "residual",
+    "_adamax": "reference optax_parity growth errors adamax fuzz formats shared_axes",
+    "_checks": "errors adamax formats lp_adam growth master_weights learning_rate",
+    "_diagnose": "diagnose errors shared_axes",
+    "_formats": "formats growth reference diagnose lp_adam shared_axes state",
+    "_halves": "master_weights",
     "_interop": "interop errors state",
-    "_leaves": "leaves adamax reference errors lp_adam",
-    "_lp_adam": "lp_adam storage errors shared leaves",
-    "_moments": "reference optax_parity adamax lp_adam storage facts",
-    "_paths": "errors state zero interop",
-    "_quotient": "reference adamax lp_adam storage",
-    "_residual": "residual errors",
-    "_shared": "shared errors zero state",
-    "_state": "state interop errors shared leaves",
-    "_storage": "storage growth reference diagnose lp_adam shared state",
-    "_zero": "zero errors",
+    "_learning_rate": "learning_rate optax_parity errors adamax lp_adam",
+    "_lp_adam": "lp_adam derivatives errors shared_axes trees",
+    "_master_weights": "master_weights errors",
+    "_numerics": "reference growth optax_parity adamax formats lp_adam derivatives",
+    "_sharding": "zero_shardings errors",
+    "_shared_axes": "shared_axes errors zero_shardings state",
+    "_state": "state interop errors shared_axes trees",
+    "_trees": "trees adamax reference errors lp_adam state zero_shardings interop",
+    "_update": "reference optax_parity adamax lp_adam formats facts",
+    "_xla": "derivatives growth shared_axes formats bench",
 }
 # None of these takes as long; what does, an endless loop, is counted as not noticed.
 SECONDS = 1800

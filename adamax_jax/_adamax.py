@@ -22,7 +22,7 @@ from adamax_jax._checks import (
 )
 from adamax_jax._formats import MEANS, NORMS, default_dtype, next_scale
 from adamax_jax._learning_rate import decayed_weights, descend
-from adamax_jax._numerics import cast, dtype_like, number, real_dtype
+from adamax_jax._numerics import cast, dtype_like, number
 from adamax_jax._shared_axes import (
     SharedAxes,
     check_shared_axes,
@@ -50,7 +50,7 @@ class ScaleByAdamaxState(NamedTuple):
     Attributes:
       count: The number of updates so far; int32 scalar.
       m: The moving average of the gradients: a tree of the parameters' structure and
-        shapes. In float16 and in one byte it holds m/u.
+        shapes. In int8 it holds m/u.
       u: The exponentially weighted infinity norm of the gradients: the same, real
         also where the parameters are complex, and of size 1 along axes that share it.
         Below 32 bits it holds u / u_scale.
@@ -131,12 +131,13 @@ def scale_by_adamax(
     them raises u by the factor and the others lie below u, it stands still if
     ``s ln(max_growth) = -(1 - s) ln(b2)``. At ``b2=0.99, max_growth=1.1`` this share is
     10 %. Where fewer gradients than that differ from 0, as of rare words, u decays, and
-    steps tell little more than the sign. Below 32 bits u grows to the next number of
-    its dtype at least, or it could not grow at all, and is rounded then: at
-    ``b2=0.99``, for factors up to 1.1, by 13 to 24 % in uint8 and float8_e5m2 and by 5
-    to 13 % in float8_e4m3fn. (That is for their normal numbers, in float8_e4m3fn
-    from 0.016 on; below, u grows by more.) A uint8 u therefore follows a higher
-    quantile (about 6 %).
+    steps tell little more than the sign.
+
+    The factor is exact in float32 and float64, and rounded to the nearest number in
+    bfloat16. In uint8 u grows by whole codes, of which a factor of 2 is exactly 4: by
+    the most codes that stay within the factor, and by one at least, or it could not
+    grow at all. For ``max_growth=1.1`` that is one code, 14 to 25 % before the decay of
+    the step, so that u follows a higher quantile (about 6 %).
 
     **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
     without drift: each stored number is the exact one rounded once, at any age, and the
@@ -147,11 +148,9 @@ def scale_by_adamax(
     random keys: so it has no bias, small means are not lost, and when gradients stop
     it decays to 0. The step uses the stored, rounded values, so that it always matches
     the state. So rounding lengthens steps a little: beside a wide u the longest seen
-    at the default rates, where the bound is 1.0091, were 1.04 in bfloat16, 1.011 in
-    float16, 1.10 in int8, 1.13 in float8_e4m3fn and 1.25 in float8_e5m2; what rounding
-    may take off a uint8 u adds a factor of 1.14 (in float8_e5m2 of 1.18), but none with
-    ``max_growth``, which cuts gradients off at the rounded u. (Compilers of GPUs and
-    TPUs may take back the rounding of m and u in a step, but not in the state.)
+    at the default rates, where the bound is 1.0091, were 1.04 in bfloat16 and 1.10 in
+    int8. What rounding may take off a uint8 u adds a factor of 1.14, but none with
+    ``max_growth``, which cuts gradients off at the rounded u.
     Derivatives of a step are those before that rounding. Through the state they pass
     where it is stored in floats; int8 and uint8 are constants there, so differentiate
     through several steps with floats alone. A state that was cast is not what it was,
@@ -167,8 +166,7 @@ def scale_by_adamax(
     the bit, and but for the rounding of m no step is longer than the element-wise one
     (both without ``max_growth``). The bound above holds. It keeps size 1 along these
     axes, and where it is left, 4 bytes for each row of a matrix are little: with m in
-    int8 the state has one byte per parameter. (float8 is too coarse there for the means
-    of coordinates far below the slice's largest.) The update reads from the state's
+    int8 the state has one byte per parameter. The update reads from the state's
     shapes which axes are shared, but it refuses a state that shares none where the
     optimizer shares some, or the other way round; ``optax.flatten`` leaves none. Where
     parameters are sharded along a shared axis, the maximum is all that devices
@@ -181,9 +179,8 @@ def scale_by_adamax(
     coordinate stays NaN (or infinite); only a uint8 u becomes
     its largest number. A shared u hands that on to its whole slice (a NaN not always
     across devices, whose exchange may drop it): beside an infinite one, or the largest
-    of uint8, the other coordinates do not move. (float8_e4m3fn has no infinity, but
-    NaN.) To leave the state untouched by such a gradient, wrap the optimizer in
-    ``optax.apply_if_finite``.
+    of uint8, the other coordinates do not move. To leave the state untouched by such a
+    gradient, wrap the optimizer in ``optax.apply_if_finite``.
 
     Args:
       b1: Decay rate of the mean of the gradients, in [0, 1).
@@ -200,18 +197,18 @@ def scale_by_adamax(
         :func:`scale_by_lp_adam`, which takes that of ``optax.scale_by_adam``.
       max_growth: The largest factor by which u grows in one step, above 1 (also as
         float32 rounds it); None for no bound, as in the paper and in Optax.
-      m_dtype: What m is stored in: None for the parameter's own dtype, "float32",
-        "bfloat16", "float64" or, as its ratio to u, "float16" and in one byte "int8",
-        "float8_e4m3fn" or "float8_e5m2" (one byte needs ``b1 < b2``, which is not
-        checked for traced numbers). A ratio in one byte is cut off at 1.25 (int8: 1.3)
-        on either side of 0. The bound above exceeds that from ``b1 = 0.996`` up at the
-        default ``b2`` and from ``b2 = 0.975`` down at the default ``b1``; gradients of
-        training were not seen to (``notebooks/07_memory.ipynb``). In int8 its codes are
-        2.4e-4 apart at 0, and from there on 3 to 6 % of their sum with 0.005.
-      u_dtype: What u is stored in: None for the parameter's own dtype, one of those
-        floats, or "uint8": 4 codes per octave, with a relative error of at most
-        1/9, from 4.7e-10 to 3.2e9. Values are clamped to this range; code 0 is a
-        coordinate without any gradient, where ``eps`` is not inside.
+      m_dtype: What m is stored in: None for the parameter's own dtype (bfloat16 where
+        that has fewer than 32 bits), "float64", "float32", "bfloat16" or, as its ratio
+        to u, "int8" (which needs ``b1 < b2``, not checked for traced numbers). In int8
+        a ratio is cut off at 1.3 on either side of 0. The bound above exceeds that from
+        ``b1 = 0.996`` up at the default ``b2`` and from ``b2 = 0.975`` down at the
+        default ``b1``; gradients of training were not seen to
+        (``notebooks/07_memory.ipynb``). Codes of int8 are 2.4e-4 apart at 0, and from
+        there on 3 to 6 % of their sum with 0.005.
+      u_dtype: What u is stored in: None as for m, "float64", "float32", "bfloat16" or
+        "uint8": 4 codes per octave, with a relative error of at most 1/9, from 4.7e-10
+        to 3.2e9. Values are clamped to this range; code 0 is a coordinate without any
+        gradient, where ``eps`` is not inside.
       shared_axes: Along which axes u is shared: None for none, an integer or a tuple of
         them (negative ones count from the last), or a function of the parameter's path
         (as of ``jax.tree_util.tree_map_with_path``) and the parameter that returns one
@@ -236,17 +233,17 @@ def scale_by_adamax(
     Raises:
       ValueError: If ``b1`` or ``b2`` is outside [0, 1), ``eps`` is negative or not
         finite, ``max_growth`` is not above 1 or not finite, a dtype is not one of those
-        above, or one byte for m meets ``b1 >= b2``; by ``init``, if a parameter does
-        not have the ``shared_axes`` or has one twice, or a decay rate is 1 in the
-        precision of a parameter; by ``update``, if the gradients differ from the state
-        in tree structure or shape.
+        above, or m in int8 meets ``b1 >= b2``; by ``init``, if a parameter does not have
+        the ``shared_axes`` or has one twice, or a decay rate is 1 in the precision of a
+        parameter; by ``update``, if the gradients differ from the state in tree
+        structure or shape, or u from what ``shared_axes`` make of it.
       TypeError: If a hyperparameter is not a number or a scalar array of at least 32
         bits, ``m_dtype`` or ``u_dtype`` is not a dtype, or ``shared_axes`` are not
-        integers; by ``init``, if a parameter is not an array, or of a dtype in which m
-        or u cannot be stored; by ``update``, if a gradient is neither floating-point
-        nor complex, if it is complex where the parameter is real or the other way
-        round, or if the state is of another type or in other dtypes than this
-        optimizer's.
+        integers; by ``init``, if a parameter is not an array, has no negative numbers,
+        or is complex where ``m_dtype`` has no complex counterpart; by ``update``, if a
+        gradient is neither floating-point nor complex, if it is complex where the
+        parameter is real or the other way round, or if the state is of another type or
+        in other dtypes than ``init`` makes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -507,6 +504,8 @@ def _m_dtype(p, m_dtype):
 
 def _u_dtype(p, u_dtype):
     """The dtype of u for a parameter: real also where the parameter is complex."""
-    if u_dtype is None:
-        return default_dtype(real_dtype(jnp.result_type(p)))
-    return u_dtype
+    if u_dtype is not None:
+        return u_dtype
+    dtype = jnp.result_type(p)
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    return default_dtype(jnp.finfo(dtype).dtype if is_complex else dtype)

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adamax_jax._formats import MEANS, NORMS
-from adamax_jax._numerics import arithmetic_dtype, real_dtype
+from adamax_jax._formats import COMPLEX_MEANS, MEANS, NORMS
+from adamax_jax._numerics import arithmetic_dtype
 from adamax_jax._trees import is_inside, is_trained, name_of
 
 _COMPLEX_PARTS = (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
@@ -97,8 +97,8 @@ def check_dtype(
 def check_formats(m_dtype: Any, u_dtype: Any) -> None:
     """Refuses the dtypes of a state that is not stored in one of the formats."""
     for name, dtype, known in (
-        ("m", real_dtype(m_dtype), MEANS),
-        ("u", jnp.dtype(u_dtype), NORMS),
+        ("m", m_dtype, MEANS | COMPLEX_MEANS),
+        ("u", u_dtype, NORMS),
     ):
         if dtype.name not in known:
             raise TypeError(
@@ -111,7 +111,7 @@ def check_formats(m_dtype: Any, u_dtype: Any) -> None:
 
 def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
     """Refuses one byte for m, stored as its ratio to u, where that is not bounded."""
-    if m_dtype is None or not MEANS[real_dtype(m_dtype).name].is_ratio:
+    if m_dtype is None or not MEANS[m_dtype.name].is_ratio:
         return
     if isinstance(b1, float) and isinstance(b2, float) and b1 >= b2:
         raise ValueError(

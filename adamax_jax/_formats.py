@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from adamax_jax._numerics import dtype_like, number, quotient, real_dtype, within
+from adamax_jax._numerics import number, quotient, within
 from adamax_jax._xla import as_rounded, larger, narrowed, smaller
 
 # Of float32.
@@ -30,7 +30,7 @@ _INFINITY, _SIGN = 0x7F800000, -(1 << 31)
 
 
 class Wide:
-    """float32 and float64, for m and for u: numbers as they are. A u is its own code."""
+    """32 bits and more, for m and for u: numbers as they are. A u is its own code."""
 
     is_ratio = is_scaled = is_finite = False
     smallest, infinity, last = 0.0, float("inf"), float("inf")
@@ -42,7 +42,7 @@ class Wide:
         return stored
 
     def write(self, x, *_):
-        return within(x, self.largest).astype(dtype_like(x, self.dtype))
+        return x if x.dtype == self.dtype else within(x, self.largest).astype(self.dtype)
 
     def next(self, stored, u, size, c, next_u):
         return self.write(u)
@@ -121,6 +121,10 @@ class _ScaledNorm:
     def write(self, u, u_scale):
         return self.stored(self.code(u, u_scale), u, u_scale)
 
+    def growth(self, c):
+        """The largest factor for a stored number; one step of it, or it could not grow."""
+        return larger(c.max_growth, self.STEP) * (c.u_scale / c.next_u_scale)
+
     def next(self, stored, u, size, c, next_u):
         """The next u in codes; ``u``, the same in floats, has its derivatives."""
         code = next_u(self, self.codes(stored), size, c)
@@ -132,6 +136,7 @@ class Bfloat16Norm(_ScaledNorm):
 
     is_finite, largest, smallest = False, _MAX, 4 * _TINY
     infinity, last = _INFINITY, np.iinfo(np.int32).max
+    STEP = 1 + 2.0**-7
 
     def read(self, stored, u_scale):
         return stored.astype(jnp.float32) * _float32(u_scale)
@@ -150,11 +155,10 @@ class Bfloat16Norm(_ScaledNorm):
         return _bits(_float(code) * _float32(c.halving))
 
     def grown(self, code, c):
-        factor = _float32(c.max_growth * (c.u_scale / c.next_u_scale))
-        bits = _bits(_float(code) * factor)
-        limit = _nearest(bits, jnp.minimum(bits, _INFINITY - (1 << 16)))
-        # Or to the next larger number, so that it can grow at all.
-        return jnp.maximum(limit, self.decayed(code, c) + (1 << 16))
+        bits = _bits(_float(code) * _float32(self.growth(c)))
+        # Finite, so that an infinite gradient is cut off too.
+        end = self.code(self.largest, c.next_u_scale)
+        return jnp.minimum(_nearest(bits, bits), end)
 
     def stored(self, code, u, u_scale):
         scaled = _float32(u) / _float32(u_scale)
@@ -170,6 +174,8 @@ class Uint8Norm(_ScaledNorm):
 
     is_finite, largest, smallest = True, 1.5 * 2.0**31, 2.0**-32
     SHIFT, OFFSET = 21, (127 - 32) * 4 - 1
+    # A little above 1 + 1/4: with it, no decay takes more codes than growth adds.
+    STEP = 1.27
     infinity = (_INFINITY >> SHIFT) - OFFSET
     last = np.iinfo(np.int32).max
 
@@ -195,9 +201,7 @@ class Uint8Norm(_ScaledNorm):
 
     def grown(self, code, c):
         # n codes are a factor of 1 + n/4 at most within an octave, as the bits say.
-        factor = _bits(c.max_growth * (c.u_scale / c.next_u_scale))
-        limit = code + (factor >> self.SHIFT) - 4 * 127
-        return jnp.maximum(limit, self.decayed(code, c) + 1)
+        return code + (_bits(self.growth(c)) >> self.SHIFT) - 4 * 127
 
     def stored(self, code, u, u_scale):
         return narrowed(jnp.minimum(code, self.code(self.largest, u_scale)), jnp.uint8)
@@ -206,11 +210,13 @@ class Uint8Norm(_ScaledNorm):
 _WIDE = {name: Wide(name) for name in ("float64", "float32")}
 MEANS = _WIDE | {"bfloat16": Bfloat16Mean(), "int8": Int8Mean()}
 NORMS = _WIDE | {"bfloat16": Bfloat16Norm(), "uint8": Uint8Norm()}
+COMPLEX_MEANS = {name: Wide(name) for name in ("complex128", "complex64")}
 
 
 def formats(m_dtype: Any, u_dtype: Any) -> tuple[Any, Any]:
-    """The formats of m and u in these dtypes; a complex m has that of its parts."""
-    return MEANS[real_dtype(m_dtype).name], NORMS[jnp.dtype(u_dtype).name]
+    """The formats of m and u in these dtypes."""
+    means = MEANS | COMPLEX_MEANS
+    return means[jnp.dtype(m_dtype).name], NORMS[jnp.dtype(u_dtype).name]
 
 
 def default_dtype(dtype: Any) -> Any:

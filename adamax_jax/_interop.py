@@ -21,9 +21,9 @@ def from_optax(state: optax.OptState) -> optax.OptState:
     """The state of a running ``optax.adamax``, to be continued here.
 
     Every ``optax.ScaleByAdamState`` in the state becomes a :class:`ScaleByAdamaxState`
-    with m = mu and u = nu in their dtypes (u real) and shapes: for an optimizer with
-    ``shared_axes`` or another storage, put it in with :func:`insert_state`. Optax's
-    Adam has a state of the same type: whether the optimizer was an AdaMax, only the
+    with m = mu and u = nu in their shapes and dtypes (u real, both bfloat16 where they
+    have fewer than 32 bits): for an optimizer with ``shared_axes`` or another storage,
+    put it in with :func:`insert_state`. Optax's Adam has a state of the same type: whether the optimizer was an AdaMax, only the
     caller knows.
 
     Args:
@@ -102,8 +102,9 @@ def from_torch(
         bfloat16 tensors ``jnp.from_dlpack`` makes arrays.
 
     Returns:
-      The state, with m and u in the dtypes that ``convert`` returned. Put it into an
-      optimizer's with :func:`insert_state`.
+      The state, with m and u in the dtypes that ``convert`` returned, or bfloat16 where
+      these have fewer than 32 bits. Put it into an optimizer's with
+      :func:`insert_state`.
 
     Raises:
       ValueError: If names are repeated, not as many as the parameters or other than the

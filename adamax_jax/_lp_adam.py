@@ -49,7 +49,7 @@ class ScaleByLpAdamState(NamedTuple):
     Attributes:
       count: The number of updates so far; int32 scalar.
       m: The moving average of the gradients: a tree of the parameters' structure,
-        shapes and dtypes (float32 for those of 8 bits). In float16 it holds m/u.
+        shapes and dtypes, but bfloat16 for those of fewer than 32 bits.
       u: The exponentially weighted L^p mean of the gradients: the same, but real also
         where the parameters are complex, and in float32 at least.
     """
@@ -113,8 +113,8 @@ def scale_by_lp_adam(
     gradients count by their modulus. A gradient of ``None`` leaves that part of the
     state as it is. Unlike AdaMax's, a u of finite p is an average, which drifts if it
     is rounded at every step: it is stored in float32 at least, also where the
-    parameters have fewer bits. m has the parameters' dtype and is rounded as AdaMax's,
-    without bias.
+    parameters have fewer bits. m has the parameters' dtype, or bfloat16 where that has
+    fewer than 32 bits, and is rounded as AdaMax's, without bias.
     Integers, booleans and keys among the parameters have no state, as in
     :func:`scale_by_adamax`.
 
@@ -145,10 +145,10 @@ def scale_by_lp_adam(
         tree structure or shape; by ``init``, if a decay rate is 1 in the precision of
         a parameter.
       TypeError: If a hyperparameter is not a number or a scalar array of at least 32
-        bits; by ``init``, if a parameter is not an array, or of a dtype in which m
-        cannot be stored; by ``update``, if a gradient is neither floating-point nor
-        complex, if it is complex where the parameter is real or the other way round, or
-        if the state is of another type.
+        bits; by ``init``, if a parameter is not an array or has no negative numbers; by
+        ``update``, if a gradient is neither floating-point nor complex, if it is complex
+        where the parameter is real or the other way round, or if the state is of
+        another type or in other dtypes than ``init`` makes.
 
     Examples:
       >>> import jax.numpy as jnp

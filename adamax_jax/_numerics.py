@@ -99,12 +99,6 @@ def arithmetic_dtype(*dtypes: Any) -> Any:
     return jnp.float64 if is_double else jnp.float32
 
 
-def real_dtype(dtype: DTypeLike) -> Any:
-    """The dtype of the parts of a complex one, and of others their own."""
-    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-    return jnp.finfo(dtype).dtype if is_complex else jnp.dtype(dtype)
-
-
 def dtype_like(x: ArrayLike | DTypeLike, real: DTypeLike) -> Any:
     """The dtype ``real``, or where x is complex the one whose parts have it.
 

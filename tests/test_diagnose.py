@@ -167,12 +167,11 @@ def test_numbers_beyond_a_dtype_are_saturated(m_dtype, u_dtype, gradient):
     assert total["unseen"] == 0.25
 
 
-@pytest.mark.parametrize("m_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
-def test_ratios_that_were_cut_off_are_saturated(m_dtype):
+def test_ratios_that_were_cut_off_are_saturated():
     """b1 above b2, which only a traced number can be: |m/u| is not bounded."""
 
     def figures(b1):
-        optimizer = adamax(b1=b1, b2=0.1, m_dtype=m_dtype, u_dtype="float32")
+        optimizer = adamax(b1=b1, b2=0.1, m_dtype="int8", u_dtype="float32")
         g = jnp.ones(4)
         state = optimizer.init(g)
         for g_t in (g, *2 * [g * jnp.array([0.0, 0.0, 1.0, 1.0])]):

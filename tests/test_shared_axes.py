@@ -309,7 +309,7 @@ def test_a_state_beside_a_function_of_axes():
         optimizer.update(g, state)
         for shape in ((2, 4), (3,), (3, 4, 1)):
             with pytest.raises(
-                ValueError, match=r"u of shape .* beside m of shape \(3, 4\)"
+                ValueError, match=r"u at .* shape .* beside m of shape \(3, 4\)"
             ):
                 optimizer.update(g, state._replace(u=jnp.ones(shape)))
 
