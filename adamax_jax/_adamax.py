@@ -39,7 +39,7 @@ from adamax_jax._update import (
     scalar_dtype,
     update_leaf,
 )
-from adamax_jax._xla import larger, smaller
+from adamax_jax._xla import larger
 
 
 class ScaleByAdamaxState(NamedTuple):
@@ -488,10 +488,10 @@ def _next_u(norm, u, size, c):
     """max(b2 * u, |g| + eps), in the codes of a format; u grows by a factor at most."""
     new = norm.code(size, c.next_u_scale)
     if c.max_growth is not None:
-        # A u that has seen no gradient takes any, and every u takes NaN.
+        # A u that has seen no gradient takes any.
         floor = norm.code(jnp.maximum(2 * c.eps, norm.smallest), c.u_scale)
-        is_bounded = (u > floor) & (new <= norm.infinity)
-        new = smaller(new, jnp.where(is_bounded, norm.grown(u, c), norm.last))
+        limit = jnp.where(u > floor, norm.grown(u, c), norm.last)
+        new = norm.smaller(new, limit)
     return larger(norm.decayed(u, c), new)
 
 

@@ -33,7 +33,7 @@ class Wide:
     """32 bits and more, for m and for u: numbers as they are. A u is its own code."""
 
     is_ratio = is_scaled = is_finite = False
-    smallest, infinity, last = 0.0, float("inf"), float("inf")
+    smallest, last, smaller = 0.0, float("inf"), staticmethod(smaller)
 
     def __init__(self, dtype):
         self.dtype, self.largest = jnp.dtype(dtype), float(jnp.finfo(dtype).max)
@@ -103,9 +103,11 @@ class Int8Mean:
         return larger(smaller(ratio * smaller(u, end), end), -end)
 
     def write(self, m, u, dither):
+        # Beside a u of 0, m is 0.
+        divisor = jnp.where(u == 0, 1, u)
         # Of |m|, since XLA:CPU writes to memory a quotient that is read twice. The
         # outer abs clears the sign of a NaN, whose bits then are above infinity's.
-        ratio = quotient(jnp.abs(m), u).astype(jnp.float32)
+        ratio = quotient(jnp.abs(m), divisor, is_positive=True).astype(jnp.float32)
         bits = _bits(jnp.abs(ratio + self.KNEE))
         code = ((bits + _carry(dither, self.SHIFT)) >> self.SHIFT) - self.FIRST
         is_finite = bits < _INFINITY
@@ -116,7 +118,11 @@ class Int8Mean:
 class _ScaledNorm:
     """A u below 32 bits, stored as ``u / u_scale``."""
 
-    is_scaled = True
+    is_scaled, last = True, np.iinfo(np.int32).max
+
+    def smaller(self, code, limit):
+        """NaN stays, whose code is above infinity's."""
+        return jnp.where(code > self.infinity, code, jnp.minimum(code, limit))
 
     def write(self, u, u_scale):
         return self.stored(self.code(u, u_scale), u, u_scale)
@@ -135,8 +141,7 @@ class Bfloat16Norm(_ScaledNorm):
     """The upper 16 bits of a float32. Its codes are float32 bits."""
 
     is_finite, largest, smallest = False, _MAX, 4 * _TINY
-    infinity, last = _INFINITY, np.iinfo(np.int32).max
-    STEP = 1 + 2.0**-7
+    infinity, STEP = _INFINITY, 1 + 2.0**-7
 
     def read(self, stored, u_scale):
         return stored.astype(jnp.float32) * _float32(u_scale)
@@ -177,7 +182,6 @@ class Uint8Norm(_ScaledNorm):
     # A little above 1 + 1/4: with it, no decay takes more codes than growth adds.
     STEP = 1.27
     infinity = (_INFINITY >> SHIFT) - OFFSET
-    last = np.iinfo(np.int32).max
 
     def read(self, stored, u_scale):
         u = _float((stored.astype(jnp.int32) + self.OFFSET) << self.SHIFT)

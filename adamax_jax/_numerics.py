@@ -32,7 +32,7 @@ def within(x: jax.Array, largest: float) -> jax.Array:
     if largest >= float(jnp.finfo(x.dtype).max):
         return x
     is_beyond = (jnp.abs(x) > largest) & (jnp.abs(x) < jnp.inf)
-    return jnp.where(is_beyond, jnp.copysign(number(largest, x.dtype), x), x)
+    return jnp.where(is_beyond, jnp.where(x < 0, -largest, largest), x)
 
 
 def at_most(x: jax.Array, size: jax.Array) -> jax.Array:

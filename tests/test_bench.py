@@ -100,6 +100,17 @@ def test_a_step_is_three_kernels_a_leaf(storage, max_growth):
     assert found == {"fusion": 3 * leaves} | copies
 
 
+@needs_new_xla
+@bounded_or_not
+def test_a_shared_maximum_is_a_kernel_of_its_own(max_growth):
+    """So the kernels that read it have no reduction inside."""
+    optimizer = adamax(0.1, max_growth=max_growth, m_dtype="int8", shared_axes=-1)
+    module = compiled(optimizer, {"array": (128, 64)}).as_text()
+    for computation in module.split("\n\n"):
+        if re.search(r"= \S+ reduce\(", computation):
+            assert not re.search(r"= \S+ (divide|convert)\(", computation)
+
+
 def temporary_bytes(*args):
     return compiled(*args).memory_analysis().temp_size_in_bytes
 
