@@ -46,7 +46,8 @@ def clip(x: jax.Array, size: jax.Array) -> jax.Array:
     """x clipped to [-size, size], with the derivative of x where |x| is about size.
 
     Where size is |x| + eps they are always equal but for rounding, so that not even
-    one comparison is safe: XLA may compute it twice. Test: ``test_derivatives.py``.
+    one comparison is safe: XLA may compute it twice, and choose none of the two. (No
+    program in which it does was seen: no test fails without this margin.)
     """
     return jnp.maximum(jnp.minimum(x, size), -size)
 
@@ -64,7 +65,8 @@ def _(primals, tangents):
 def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The maximum of magnitudes along axes, which keep size 1, or 0 of no numbers.
 
-    With the derivative of one of them, found by its index, as :func:`larger`.
+    With the derivative of one of them, found by its index, for the same reason as that
+    of ``larger``.
     """
     if not axes:
         return x
