@@ -25,11 +25,11 @@ from adamax_jax._master_weights import (
     set_full_params,
 )
 
-# A state: read, stored otherwise, put into an optimizer.
-from adamax_jax._state import convert_state, insert_state, moments
-
 # A state on many devices.
 from adamax_jax._sharding import zero_shardings
+
+# A state: read, stored otherwise, put into an optimizer.
+from adamax_jax._state import convert_state, insert_state, moments
 
 __version__ = version("adamax_jax")
 

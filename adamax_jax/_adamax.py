@@ -233,9 +233,9 @@ def scale_by_adamax(
     Raises:
       ValueError: If ``b1`` or ``b2`` is outside [0, 1), ``eps`` is negative or not
         finite, ``max_growth`` is not above 1 or not finite, a dtype is not one of those
-        above, or m in int8 meets ``b1 >= b2``; by ``init``, if a parameter does not have
-        the ``shared_axes`` or has one twice, or a decay rate is 1 in the precision of a
-        parameter; by ``update``, if the gradients differ from the state in tree
+        above, or m in int8 meets ``b1 >= b2``; by ``init``, if a parameter does not
+        have the ``shared_axes`` or has one twice, or a decay rate is 1 in the precision
+        of a parameter; by ``update``, if the gradients differ from the state in tree
         structure or shape, or u from what ``shared_axes`` make of it.
       TypeError: If a hyperparameter is not a number or a scalar array of at least 32
         bits, ``m_dtype`` or ``u_dtype`` is not a dtype, or ``shared_axes`` are not
@@ -484,14 +484,14 @@ def adamaxw(
     return descend(scale, learning_rate, decayed_weights(weight_decay, mask))
 
 
-def _next_u(norm, u, size, c):
+def _next_u(norm, u, magnitude, c):
     """max(b2 * u, |g| + eps), in the codes of a format; u grows by a factor at most."""
-    new = norm.code(size, c.next_u_scale)
+    new = norm.encode(magnitude, c.next_u_scale)
     if c.max_growth is not None:
         # A u that has seen no gradient takes any.
-        floor = norm.code(jnp.maximum(2 * c.eps, norm.smallest), c.u_scale)
-        limit = jnp.where(u > floor, norm.grown(u, c), norm.last)
-        new = norm.smaller(new, limit)
+        floor = norm.encode(jnp.maximum(2 * c.eps, norm.smallest), c.u_scale)
+        limit = jnp.where(u > floor, norm.grown(u, c), norm.no_limit)
+        new = norm.minimum(new, limit)
     return larger(norm.decayed(u, c), new)
 
 

@@ -95,7 +95,7 @@ def check_dtype(
 
 
 def check_formats(m_dtype: Any, u_dtype: Any) -> None:
-    """Refuses the dtypes of a state that is not stored in one of the formats."""
+    """Raises TypeError if m or u has a dtype that is no format, as float16."""
     for name, dtype, known in (
         ("m", m_dtype, MEANS | COMPLEX_MEANS),
         ("u", u_dtype, NORMS),
@@ -103,9 +103,9 @@ def check_formats(m_dtype: Any, u_dtype: Any) -> None:
         if dtype.name not in known:
             raise TypeError(
                 f"The state's {name} has dtype {dtype.name}, but {name} is stored in "
-                f"one of {', '.join(known)}. A state that version 0.1 stored in float16 "
-                "or float8 is converted there, with its convert_state; one that was cast "
-                "has to be cast back."
+                f"one of {', '.join(known)}. A state that version 0.1 stored in "
+                "float16 or float8 is converted there, with its convert_state; one "
+                "that was cast has to be cast back."
             )
 
 
@@ -230,7 +230,7 @@ def check_state(state: Any, kind: type) -> None:
 def check_stored(
     state: Any, as_at_init: Callable[..., Any], param_dtypes: Sequence[Any]
 ) -> None:
-    """Refuses a state whose m or u is not stored as ``init`` would store it.
+    """Raises TypeError or ValueError if m or u is not as ``init`` would make it.
 
     Args:
       state: The state.
@@ -260,8 +260,8 @@ def check_stored(
             if leaf.dtype != dtype:
                 beside = f", beside a parameter in {p_dtype}" if p_dtype else ""
                 raise TypeError(
-                    f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, but "
-                    f"this optimizer stores {dtype.name} ({name}_dtype){beside}. "
+                    f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, "
+                    f"but this optimizer stores {dtype.name} ({name}_dtype){beside}. "
                     f"{_NO_CASTS}"
                 )
         if u.shape != u_shape:

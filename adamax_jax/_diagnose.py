@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 
 from adamax_jax._checks import check_eps
 from adamax_jax._formats import formats
-from adamax_jax._trees import name_of
 from adamax_jax._numerics import arithmetic_dtype, cast, number, quotient
 from adamax_jax._state import read, scale_of, some_states
+from adamax_jax._trees import name_of
 
 # |m| below this share of u: recent gradients are far below those that u remembers.
 _STALE = 1e-3
@@ -323,7 +323,7 @@ def _is_saturated(stored_m, stored_u, u_scale):
     if mean.is_ratio:
         is_end |= jnp.abs(stored_m) == mean.LAST
     if norm.is_scaled:
-        is_end |= norm.codes(stored_u) <= norm.code(norm.smallest, 1.0)
+        is_end |= norm.codes_of(stored_u) <= norm.encode(norm.smallest, 1.0)
         # Of gradients that were cut off, rounding leaves 8/9 at least.
         is_end |= norm.read(stored_u, u_scale) >= 0.88 * norm.largest
     return is_end

@@ -11,6 +11,12 @@ where a step changes it by less than half the distance of two numbers. So it is 
 up or down in proportion to its place between the two, by a ``dither`` in [0, 1), which
 leaves no bias.
 
+A format knows its ``largest`` number, at which gradients are clipped. A mean
+``is_ratio`` if it is stored as m/u. A norm ``saturates`` if infinity becomes its largest
+number. A u up to its ``smallest`` number has decayed: ``max_growth`` lets it take any
+gradient. ``decayed`` and ``grown`` are the codes of ``b2 * u`` and ``max_growth * u``;
+``no_limit`` is above every code.
+
 To add a format, write a class and put it into ``MEANS`` or ``NORMS``.
 """
 
@@ -32,8 +38,8 @@ _INFINITY, _SIGN = 0x7F800000, -(1 << 31)
 class Wide:
     """32 bits and more, for m and for u: numbers as they are. A u is its own code."""
 
-    is_ratio = is_scaled = is_finite = False
-    smallest, last, smaller = 0.0, float("inf"), staticmethod(smaller)
+    is_ratio = is_scaled = saturates = False
+    smallest, no_limit, minimum = 0.0, float("inf"), staticmethod(smaller)
 
     def __init__(self, dtype):
         self.dtype, self.largest = jnp.dtype(dtype), float(jnp.finfo(dtype).max)
@@ -42,12 +48,14 @@ class Wide:
         return stored
 
     def write(self, x, *_):
-        return x if x.dtype == self.dtype else within(x, self.largest).astype(self.dtype)
+        return (
+            x if x.dtype == self.dtype else within(x, self.largest).astype(self.dtype)
+        )
 
-    def next(self, stored, u, size, c, next_u):
+    def next(self, stored, u, magnitude, c, next_u):
         return self.write(u)
 
-    def code(self, u, u_scale):
+    def encode(self, u, u_scale):
         return u
 
     def decayed(self, u, c):
@@ -68,11 +76,11 @@ class Bfloat16Mean:
 
     def write(self, m, u, dither):
         bits = _bits(m)
-        size, sign = bits & ~_SIGN, bits & _SIGN
+        magnitude, sign = bits & ~_SIGN, bits & _SIGN
         # Finite numbers stay finite. Infinity and NaN have larger bits, and stay.
-        finite = jnp.minimum(size, _INFINITY - (1 << 16))
-        size = jnp.maximum(finite + _carry(dither, 16), size) & -(1 << 16)
-        return as_rounded(m, _float(size | sign)).astype(jnp.bfloat16)
+        finite = jnp.minimum(magnitude, _INFINITY - (1 << 16))
+        magnitude = jnp.maximum(finite + _carry(dither, 16), magnitude) & -(1 << 16)
+        return as_rounded(m, _float(magnitude | sign)).astype(jnp.bfloat16)
 
 
 class Int8Mean:
@@ -89,14 +97,14 @@ class Int8Mean:
 
     def ratio(self, stored):
         code = stored.astype(jnp.int32)
-        size = jnp.abs(code)
-        ratio = _float((size + self.FIRST) << self.SHIFT) - self.KNEE
-        ratio = jnp.where(size == self.NAN, jnp.nan, ratio)
+        magnitude = jnp.abs(code)
+        ratio = _float((magnitude + self.FIRST) << self.SHIFT) - self.KNEE
+        ratio = jnp.where(magnitude == self.NAN, jnp.nan, ratio)
         return jnp.where(code < 0, -ratio, ratio)
 
     def read(self, stored, u, norm):
         ratio = self.ratio(stored).astype(u.dtype)
-        if norm.is_finite:
+        if norm.saturates:
             return ratio * u
         # Finite, also beside an infinite u, and where a ratio is a little above 1.
         end = number(float(jnp.finfo(u.dtype).max), u.dtype)
@@ -110,50 +118,55 @@ class Int8Mean:
         ratio = quotient(jnp.abs(m), divisor, is_positive=True).astype(jnp.float32)
         bits = _bits(jnp.abs(ratio + self.KNEE))
         code = ((bits + _carry(dither, self.SHIFT)) >> self.SHIFT) - self.FIRST
-        is_finite = bits < _INFINITY
-        size = jnp.where(is_finite, jnp.minimum(code, self.LAST), self.NAN)
-        return narrowed(jnp.where(m < 0, -size, size), jnp.int8)
+        code = jnp.where(bits < _INFINITY, jnp.minimum(code, self.LAST), self.NAN)
+        return narrowed(jnp.where(m < 0, -code, code), jnp.int8)
 
 
 class _ScaledNorm:
     """A u below 32 bits, stored as ``u / u_scale``."""
 
-    is_scaled, last = True, np.iinfo(np.int32).max
+    is_scaled, no_limit = True, np.iinfo(np.int32).max
+    # The code of infinity, the least growth, and functions that each format has.
+    infinity: int
+    STEP: float
+    encode: Any
+    codes_of: Any
+    store: Any
 
-    def smaller(self, code, limit):
+    def minimum(self, code, limit):
         """NaN stays, whose code is above infinity's."""
         return jnp.where(code > self.infinity, code, jnp.minimum(code, limit))
 
     def write(self, u, u_scale):
-        return self.stored(self.code(u, u_scale), u, u_scale)
+        return self.store(self.encode(u, u_scale), u, u_scale)
 
     def growth(self, c):
-        """The largest factor for a stored number; one step of it, or it could not grow."""
+        """The largest factor for a stored number: one step of it at least."""
         return larger(c.max_growth, self.STEP) * (c.u_scale / c.next_u_scale)
 
-    def next(self, stored, u, size, c, next_u):
+    def next(self, stored, u, magnitude, c, next_u):
         """The next u in codes; ``u``, the same in floats, has its derivatives."""
-        code = next_u(self, self.codes(stored), size, c)
-        return self.stored(code, u, c.next_u_scale)
+        code = next_u(self, self.codes_of(stored), magnitude, c)
+        return self.store(code, u, c.next_u_scale)
 
 
 class Bfloat16Norm(_ScaledNorm):
     """The upper 16 bits of a float32. Its codes are float32 bits."""
 
-    is_finite, largest, smallest = False, _MAX, 4 * _TINY
+    saturates, largest, smallest = False, _MAX, 4 * _TINY
     infinity, STEP = _INFINITY, 1 + 2.0**-7
 
     def read(self, stored, u_scale):
         return stored.astype(jnp.float32) * _float32(u_scale)
 
-    def code(self, u, u_scale):
-        inverse = 1 / _float32(u_scale)
+    def encode(self, u, u_scale):
+        # A little less, so that the largest number is finite also when it is read.
+        inverse = (1 - 2.0**-22) / _float32(u_scale)
         bits = _bits(jnp.abs(_float32(u) * inverse))
-        # A little less than the largest, so that the product with the scale is finite.
-        end = _bits((1 - 2.0**-22) * _MAX * inverse) & -(1 << 16)
+        end = _bits(_MAX * inverse) & -(1 << 16)
         return _nearest(bits, jnp.minimum(bits, end))
 
-    def codes(self, stored):
+    def codes_of(self, stored):
         return _bits(stored)
 
     def decayed(self, code, c):
@@ -162,10 +175,10 @@ class Bfloat16Norm(_ScaledNorm):
     def grown(self, code, c):
         bits = _bits(_float(code) * _float32(self.growth(c)))
         # Finite, so that an infinite gradient is cut off too.
-        end = self.code(self.largest, c.next_u_scale)
+        end = self.encode(self.largest, c.next_u_scale)
         return jnp.minimum(_nearest(bits, bits), end)
 
-    def stored(self, code, u, u_scale):
+    def store(self, code, u, u_scale):
         scaled = _float32(u) / _float32(u_scale)
         return as_rounded(scaled, _float(code)).astype(jnp.bfloat16)
 
@@ -177,9 +190,10 @@ class Uint8Norm(_ScaledNorm):
     the largest number.
     """
 
-    is_finite, largest, smallest = True, 1.5 * 2.0**31, 2.0**-32
-    SHIFT, OFFSET = 21, (127 - 32) * 4 - 1
-    # A little above 1 + 1/4: with it, no decay takes more codes than growth adds.
+    saturates, largest, smallest = True, 1.5 * 2.0**31, 2.0**-32
+    # The shifted bits of 1, and what they have more than a code.
+    SHIFT, ONE, OFFSET = 21, 127 * 4, (127 - 32) * 4 - 1
+    # Adds more codes than any decay takes away; 1 + 1/4 would not at b2 = 0.835.
     STEP = 1.27
     infinity = (_INFINITY >> SHIFT) - OFFSET
 
@@ -187,7 +201,7 @@ class Uint8Norm(_ScaledNorm):
         u = _float((stored.astype(jnp.int32) + self.OFFSET) << self.SHIFT)
         return jnp.where(stored == 0, 0, u) * _float32(u_scale)
 
-    def code(self, u, u_scale):
+    def encode(self, u, u_scale):
         bits = _bits(jnp.abs(_float32(u) * (1 / _float32(u_scale))))
         # To nearest; a carry goes on to the next octave, or to the sign bit.
         half = 1 << (self.SHIFT - 1)
@@ -195,20 +209,22 @@ class Uint8Norm(_ScaledNorm):
         # What is not 0 does not become 0.
         return jnp.maximum(code, jnp.minimum(bits, 1))
 
-    def codes(self, stored):
+    def codes_of(self, stored):
         return stored.astype(jnp.int32)
 
     def decayed(self, code, c):
         bits = _bits(c.halving)
         smallest = jnp.minimum(code, jnp.minimum(bits, 1))
-        return jnp.maximum(code + (bits >> self.SHIFT) - 4 * 127, smallest)
+        return jnp.maximum(code + (bits >> self.SHIFT) - self.ONE, smallest)
 
     def grown(self, code, c):
         # n codes are a factor of 1 + n/4 at most within an octave, as the bits say.
-        return code + (_bits(self.growth(c)) >> self.SHIFT) - 4 * 127
+        return code + (_bits(self.growth(c)) >> self.SHIFT) - self.ONE
 
-    def stored(self, code, u, u_scale):
-        return narrowed(jnp.minimum(code, self.code(self.largest, u_scale)), jnp.uint8)
+    def store(self, code, u, u_scale):
+        return narrowed(
+            jnp.minimum(code, self.encode(self.largest, u_scale)), jnp.uint8
+        )
 
 
 _WIDE = {name: Wide(name) for name in ("float64", "float32")}
@@ -240,8 +256,8 @@ def next_scale(u_scale: jax.Array, b2: jax.Array) -> tuple[jax.Array, jax.Array]
     _, exponent = jnp.frexp(lax.stop_gradient(scale))
     power = jnp.ldexp(jnp.ones_like(scale), 1 - exponent)
     # With b2 = 0 nothing is left of u.
-    is_left = scale > 0
-    return jnp.where(is_left, scale * power, 1), jnp.where(is_left, 1 / power, 0)
+    is_gone = scale == 0
+    return jnp.where(is_gone, 1, scale * power), jnp.where(is_gone, 0, 1 / power)
 
 
 def _carry(dither, shift):

@@ -11,10 +11,9 @@ import optax
 
 from adamax_jax._adamax import ScaleByAdamaxState
 from adamax_jax._formats import default_dtype
-from adamax_jax._trees import is_trained
-from adamax_jax._trees import name_of
 from adamax_jax._shared_axes import reshare
 from adamax_jax._state import map_states, read_moments, stored_as
+from adamax_jax._trees import is_trained, name_of
 
 
 def from_optax(state: optax.OptState) -> optax.OptState:
@@ -23,8 +22,8 @@ def from_optax(state: optax.OptState) -> optax.OptState:
     Every ``optax.ScaleByAdamState`` in the state becomes a :class:`ScaleByAdamaxState`
     with m = mu and u = nu in their shapes and dtypes (u real, both bfloat16 where they
     have fewer than 32 bits): for an optimizer with ``shared_axes`` or another storage,
-    put it in with :func:`insert_state`. Optax's Adam has a state of the same type: whether the optimizer was an AdaMax, only the
-    caller knows.
+    put it in with :func:`insert_state`. Optax's Adam has a state of the same type:
+    whether the optimizer was an AdaMax, only the caller knows.
 
     Args:
       state: An ``optax.ScaleByAdamState``, or an optimizer's state with some in it;

@@ -146,9 +146,9 @@ def scale_by_lp_adam(
         a parameter.
       TypeError: If a hyperparameter is not a number or a scalar array of at least 32
         bits; by ``init``, if a parameter is not an array or has no negative numbers; by
-        ``update``, if a gradient is neither floating-point nor complex, if it is complex
-        where the parameter is real or the other way round, or if the state is of
-        another type or in other dtypes than ``init`` makes.
+        ``update``, if a gradient is neither floating-point nor complex, if it is
+        complex where the parameter is real or the other way round, or if the state is
+        of another type or in other dtypes than ``init`` makes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -197,7 +197,10 @@ def scale_by_lp_adam(
         dtype = scalar_dtype(updates, state.m, state.u)
         t = jnp.asarray(count, dtype)
         c = Scalars(
-            **mean_scalars(b1, t), **_weights(p, b2, t), eps=eps, dither=dither_of(count)
+            **mean_scalars(b1, t),
+            **_weights(p, b2, t),
+            eps=eps,
+            dither=dither_of(count),
         )
         c = cast(c, dtype)
         step, m, u = update_leaves(
@@ -361,9 +364,9 @@ class MeanOfOrder(NamedTuple):
 
     known_p: float | None
 
-    def __call__(self, norm, u, size, c):
-        """((1 - w) u^p + w |g|^p)^(1/p), no power of which exceeds 1."""
-        old, new = c.decay * u, c.weight * size
+    def __call__(self, norm, u, magnitude, c):
+        """((1 - w) u^p + w |g|^p)^(1/p), in floats; no power of it exceeds 1."""
+        old, new = c.decay * u, c.weight * magnitude
         high, low = larger(old, new), smaller(old, new)
         if self.known_p == math.inf:
             return high

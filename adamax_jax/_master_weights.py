@@ -9,9 +9,8 @@ from jax.typing import DTypeLike
 
 from adamax_jax._checks import check_array, check_dtype, check_state, is_array
 from adamax_jax._halves import is_half, join, split, step, threshold_of
-from adamax_jax._trees import leaves_beside
-from adamax_jax._trees import name_of, path_finder
 from adamax_jax._state import map_states, place, some_states
+from adamax_jax._trees import leaves_beside, name_of, path_finder
 
 
 class MasterWeightsState(NamedTuple):

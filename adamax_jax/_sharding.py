@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adamax_jax._trees import ends_of, name_of
 from adamax_jax._shared_axes import Shape, is_shared, spec_of_shared
+from adamax_jax._trees import ends_of, name_of
 
 _MOST_NAMED = 10
 

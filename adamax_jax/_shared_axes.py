@@ -26,7 +26,11 @@ def zeros_shared(path: Any, leaf: Any, dtype: Any, shared_axes: Any) -> jax.Arra
     zeros = jnp.zeros_like(leaf, dtype=dtype)
     axes = _axes_of(path, leaf, shared_axes)
     # zeros_like, since XLA takes seconds to evaluate a maximum of zeros.
-    return jnp.zeros_like(jnp.max(zeros, axes, keepdims=True, initial=0)) if axes else zeros
+    return (
+        jnp.zeros_like(jnp.max(zeros, axes, keepdims=True, initial=0))
+        if axes
+        else zeros
+    )
 
 
 def shape_of_shared(path: Any, whole: Any, shared_axes: Axes) -> Shape:

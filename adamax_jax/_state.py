@@ -14,7 +14,6 @@ from adamax_jax._adamax import ScaleByAdamaxState
 from adamax_jax._checks import check_complex, check_dtype, check_formats
 from adamax_jax._formats import MEANS, NORMS, formats
 from adamax_jax._lp_adam import ScaleByLpAdamState
-from adamax_jax._trees import is_inside, name_of, path_finder
 from adamax_jax._numerics import (
     arithmetic_dtype,
     by_parts,
@@ -23,6 +22,7 @@ from adamax_jax._numerics import (
     number,
 )
 from adamax_jax._shared_axes import can_reshare, reshare
+from adamax_jax._trees import is_inside, name_of, path_finder
 
 
 def moments(state: optax.OptState) -> tuple[Any, Any]:

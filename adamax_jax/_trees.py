@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from adamax_jax._formats import NORMS
-from adamax_jax._numerics import dtype_of
+from adamax_jax._numerics import dtype_like, dtype_of
 
 
 def leaves_beside(prefix: Any, tree: Any) -> list[Any]:
@@ -87,8 +87,7 @@ def update_leaves(
             step, leaf_m, leaf_u = update_leaf(g, leaf_m, leaf_u, step_dtype)
             steps.append(step)
         elif NORMS[leaf_u.dtype.name].is_scaled:
-            kind = complex if jnp.iscomplexobj(leaf_m) else float
-            zero = jnp.zeros_like(leaf_m, kind)
+            zero = jnp.zeros_like(leaf_m, dtype_like(leaf_m, jnp.float32))
             _, leaf_m, leaf_u = update_leaf(zero, leaf_m, leaf_u, zero.dtype)
         new_m.append(leaf_m)
         new_u.append(leaf_u)

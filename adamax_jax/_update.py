@@ -32,7 +32,8 @@ class Rule(NamedTuple):
     eps_inside: bool
     # Whether no denominator can be 0, so that 0/0 need not be looked for.
     is_positive: bool
-    # next_u(norm, u, size, c): the next u in the codes of a format, of the last one.
+    # next_u(norm, u, magnitude, c): the next u from the last one and from |g| + eps.
+    # Both u are codes of the format ``norm``.
     next_u: Callable[..., Any]
 
 
@@ -40,23 +41,24 @@ class Scalars(NamedTuple):
     """The scalars of step t, the same for every leaf."""
 
     b1: ArrayLike
-    # Not left to the leaves: 1 - 0.9 is off by 2e-7 of itself in float32, and by 2e-16
-    # in Python.
+    # Computed in Python where b1 is a number: in float32, 1 - 0.9 is off by 2e-7 of
+    # itself.
     one_minus_b1: ArrayLike
     # 1 / (1 - b1^t). Not a divisor: the compiler would replace it by this product, but
     # not in leaves of a single element, whose bits would differ.
     correction: ArrayLike
-    # b1 (1 - b1^t) / (1 - b1^(t+1)): of the mean in Nesterov's look ahead.
+    # b1 (1 - b1^t) / (1 - b1^(t+1)): the factor of m_t in Nesterov's look ahead.
     b1_ahead: ArrayLike
     eps: ArrayLike
     # In [0, 1): which of its two neighbours an m below 32 bits becomes.
     dither: ArrayLike
-    # Of u in u_t: b2, or what takes its place in the L^p family.
+    # The factor of u_{t-1} in u_t: b2, or what takes its place in the L^p family.
     decay: ArrayLike
-    # The largest factor of u's growth; None for no bound.
+    # u grows by this factor at most; None for no bound.
     max_growth: ArrayLike | None = None
-    # A u below 32 bits is stored divided by this, before and after the step. Where the
-    # scale was doubled, ``halving`` is the power of 1/2 for the stored numbers.
+    # A u below 32 bits is stored divided by a scale: by this one before the step, by
+    # the next one after it. Where the next one was doubled, the stored numbers are
+    # multiplied by ``halving``, a power of 1/2.
     u_scale: ArrayLike = 1.0
     next_u_scale: ArrayLike = 1.0
     halving: ArrayLike = 1.0
@@ -84,20 +86,23 @@ def update_leaf(g, stored_m, stored_u, c, rule, step_dtype):
     g, c, u = cast((g, c, norm.read(stored_u, c.u_scale)), dtype)
     m = cast(mean.read(stored_m, u, norm), dtype)
 
-    size, g = _size_and_gradient(g, mean, norm)
-    size = maximum_over(size, u.shape)
-    size = size + c.eps if rule.eps_inside else size
-    u = rule.next_u(NORMS[u.dtype.name], u, size, c)
-    stored_u = norm.next(stored_u, u, size, c, rule.next_u)
+    # u_t = max(b2 * u_{t-1}, |g_t| + eps), as numbers and as they are stored.
+    magnitude, g = _magnitude_and_gradient(g, mean, norm)
+    magnitude = maximum_over(magnitude, u.shape)
+    magnitude = magnitude + c.eps if rule.eps_inside else magnitude
+    u = rule.next_u(NORMS[u.dtype.name], u, magnitude, c)
+    stored_u = norm.next(stored_u, u, magnitude, c, rule.next_u)
     read_u = as_rounded(u, norm.read(stored_u, c.next_u_scale))
     if c.max_growth is not None:
         g = at_most(g, read_u)
 
-    # In the order of Optax's sum, which the compiler fuses to the same bits.
+    # m_t = b1 * m_{t-1} + (1 - b1) * g_t, in the order of Optax's sum, which the
+    # compiler fuses to the same bits.
     m = by_parts(lambda g, m: c.one_minus_b1 * g + c.b1 * m, g, m)
     stored_m = mean.write(m, read_u, c.dither)
 
-    # The step matches the stored state. Its derivatives are those before rounding.
+    # m_t / ((1 - b1^t) * u_t), of m and u as they are stored, so that the step matches
+    # the state. Its derivatives are those of the unrounded m and u.
     step = _step(g, m, u, c, rule)
     if mean.is_ratio and rule.eps_inside and not rule.nesterov:
         rounded = c.correction * mean.ratio(stored_m).astype(dtype)
@@ -107,17 +112,18 @@ def update_leaf(g, stored_m, stored_u, c, rule, step_dtype):
     return as_rounded(step, rounded).astype(step_dtype), stored_m, stored_u
 
 
-def _size_and_gradient(g, mean, norm):
-    """|g| and g, clipped to what the state can hold: m/u stays what it was."""
+def _magnitude_and_gradient(g, mean, norm):
+    """|g| and g, both clipped to what the state can hold, so that m/u has its bound."""
     clipped = within(g, min(mean.largest, norm.largest))
-    if norm.is_finite and not jnp.iscomplexobj(g):
-        # Clipped as u is stored. XLA:CPU would write to memory what m reads as well.
+    if norm.saturates and not jnp.iscomplexobj(g):
+        # ``norm`` clips |g| itself. XLA:CPU would write to memory a clipped gradient
+        # that both u and m read.
         return jnp.abs(g), clipped
     return jnp.abs(clipped), clipped
 
 
 def _step(g, m, u, c, rule):
-    """m / ((1 - b1^t) * u). As |m| <= u, or nearly, a quotient first cannot overflow."""
+    """m / ((1 - b1^t) * u). The corrected m might overflow; m/u is about 1 at most."""
 
     def real_step(g, m):
         ahead = c.b1_ahead * m + c.one_minus_b1 * g if rule.nesterov else m
@@ -136,10 +142,12 @@ def mean_scalars(b1: ArrayLike, t: jax.Array) -> dict[str, Any]:
         "correction": 1 / left,
         "b1_ahead": number(b1, t.dtype) * (left / one_minus_power(b1, t + 1)),
     }
+
+
 def is_surely_positive(eps: Any) -> bool:
     """Whether eps is known and above 0, also where subnormal numbers count as 0.
 
-    And where it was divided by ``u_scale``, which is below 2, and rounded to bfloat16.
+    The factor of 4 covers a division by ``u_scale``, below 2, and the rounding of u.
     """
     return isinstance(eps, float) and eps >= 4 * float(jnp.finfo(jnp.float32).tiny)
 

@@ -16,10 +16,10 @@ from jax import lax
 def _one_of(function: Callable[..., Any], is_first: Callable[..., Any]) -> Any:
     """A maximum or minimum of two arrays, with the derivative of one of them.
 
-    That of ``jnp.maximum`` compares both arguments with the result by ``==``. XLA (all
-    backends, jaxlib 0.10.2) computes an argument anew in another kernel and may round
-    it differently there: then none equals the result, and the derivative is 0. One
-    comparison of the arguments has no such case. Test: ``test_derivatives.py``.
+    The derivative of ``jnp.maximum`` compares both arguments with the result by ``==``.
+    XLA (all backends, jaxlib 0.10.2) computes an argument anew in another kernel and
+    may round it differently there. Then none equals the result, and the derivative is
+    0. One comparison of the arguments has no such case. Test: ``test_derivatives.py``.
     """
 
     @jax.custom_jvp
@@ -106,7 +106,7 @@ as_rounded.defjvps(lambda exact_dot, *_: exact_dot, None)
 
 
 def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
-    """32-bit integers that an integer dtype of 8 bits can hold, in that dtype.
+    """32-bit integers in an integer dtype of 8 bits, where 128 is -128.
 
     XLA:CPU (jaxlib 0.10.2) computes a conversion anew wherever it is read, and all that
     comes before it. A choice between two arrays it writes to memory once. On a TPU that

@@ -60,7 +60,7 @@ def array_operations(executable):
 
 @pytest.mark.parametrize("leaves", [1, 20])
 def test_a_float32_step_has_the_operations_of_optax(leaves):
-    """On arrays, one for one; the scalars of the bias correction are computed otherwise."""
+    """On arrays, one for one; scalars of the bias correction are computed otherwise."""
     arrays = shapes.many(leaves, LEAF)
     ours = compiled(adamax(0.1), arrays)
     theirs = compiled(optax.adamax(0.1), arrays)

@@ -137,7 +137,9 @@ OPTIMIZERS = {
     "p = infinity": lp_adam(0.1, jnp.inf, eps_inside=True),
     "p = 3": lp_adam(0.1, 3),
     "p = 2.5": lp_adam(0.1, 2.5),
-    "traced p": optax.inject_hyperparams(lp_adam)(0.1, p=lambda count: 2.0 + count.astype(float)),
+    "traced p": optax.inject_hyperparams(lp_adam)(
+        0.1, p=lambda count: 2.0 + count.astype(float)
+    ),
     "in a chain": optax.chain(optax.clip(10.0), adamax(0.1), optax.scale(1.0)),
     "injected": optax.inject_hyperparams(adamax)(0.1, b2=0.99),
 }

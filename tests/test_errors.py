@@ -15,10 +15,14 @@ from adamax_jax import (
     adamax,
     adamaxw,
     convert_state,
+    diagnose,
+    insert_state,
     lp_adam,
     lp_adamw,
+    moments,
     scale_by_adamax,
     scale_by_lp_adam,
+    to_optax,
 )
 
 FACTORIES = [scale_by_adamax, adamax, adamaxw]
@@ -509,6 +513,41 @@ def test_a_mean_that_was_cast(optimizer, before, after):
     cast = (state[0]._replace(m=state[0].m.astype(after)), *state[1:])
     with pytest.raises(TypeError, match=r"m at .* has dtype .* parameter in float"):
         optimizer.update(params, cast, params)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("name", ["m_dtype", "u_dtype"])
+def test_dtypes_that_are_storages_no_more(name, dtype):
+    """The error names those that are."""
+    byte = "int8" if name == "m_dtype" else "uint8"
+    message = (
+        rf"{name} must be None or one of float64, .* bfloat16, {byte}, got {dtype}"
+    )
+    with pytest.raises(ValueError, match=message):
+        adamax(**{name: dtype})
+    with pytest.raises(ValueError, match=message):
+        convert_state(adamax().init(jnp.ones(2)), **{name: dtype})
+
+
+@pytest.mark.parametrize("field", ["m", "u"])
+def test_a_state_that_version_0_1_stored_in_float16(field):
+    """Of float16 parameters it did by default."""
+    params = jnp.ones(2, jnp.float16)
+    optimizer = adamax(0.1)
+    new = optimizer.init(params)
+    leaf = jnp.ones(2, jnp.float16)
+    old = (new[0]._replace(**{field: leaf}), *new[1:])
+    with pytest.raises(TypeError, match=f"{field} at .* float16, but .* bfloat16"):
+        optimizer.update(params, old, params)
+    for function in (
+        moments,
+        functools.partial(convert_state, m_dtype="int8", u_dtype="uint8"),
+        functools.partial(insert_state, new),
+        diagnose,
+        to_optax,
+    ):
+        with pytest.raises(TypeError, match=f"{field} has dtype float16.*version 0.1"):
+            function(old)
 
 
 def test_a_bfloat16_state_cast_beside_its_parameters():

@@ -1,7 +1,8 @@
 """Which bits two runs have in common; called as a script, this file is such a run.
 
 ``test_checkpoints.py`` shows that a resumed run has those of an uninterrupted one,
-``test_sharding.py`` and ``test_shared_axes.py`` that one device and eight have the same.
+``test_sharding.py`` and ``test_shared_axes.py`` that one device and eight have the
+same.
 """
 
 import hashlib

@@ -11,7 +11,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from sequences import STORAGES
 from versions import reshard, set_mesh, shard_map
 
-from adamax_jax import adamax, adamaxw, moments, zero_shardings
+from adamax_jax import (
+    adamax,
+    adamaxw,
+    moments,
+    scale_by_adamax,
+    scale_by_lp_adam,
+    zero_shardings,
+)
 
 P = PartitionSpec
 STEPS, BATCH = 6, 64
@@ -46,6 +53,39 @@ def check_explicit_types():
                     assert jax.tree.map(jax.typeof, shapes[1]) == types
                 new_state = jax.jit(optimizer.init)(params)
                 assert jax.tree.map(jax.typeof, new_state) == types
+
+
+def check_a_sharded_state_beside_replicated_gradients():
+    """With explicit axes, which leave it to the arithmetic; forward and in reverse."""
+    if jax.__version_info__ < (0, 8):
+        # Its types forget the sharding of some results.
+        return
+    mesh = mesh_of(AxisType.Explicit)
+    growth = {"b2": 0.99, "max_growth": 2.0}
+    with set_mesh(mesh):
+        for dtype in (jnp.float32, jnp.complex64):
+            g = jax.device_put(jnp.ones([4, 8], dtype), NamedSharding(mesh, P()))
+            for optimizer in (
+                scale_by_adamax(),
+                scale_by_adamax(**growth),
+                scale_by_adamax(**growth, u_dtype="uint8"),
+                scale_by_adamax(**growth, u_dtype="bfloat16", nesterov=True),
+                scale_by_adamax(**growth, shared_axes=0, eps_inside=False),
+                scale_by_lp_adam(2.0),
+                scale_by_lp_adam(2.5),
+            ):
+                shardings = zero_shardings(optimizer, g, mesh, "data")
+                state = jax.device_put(optimizer.init(g), shardings)
+                assert state.m.sharding.spec == P(None, "data")
+                for update in (optimizer.update, jax.jit(optimizer.update)):
+                    step, _ = update(g, state)
+                    np.testing.assert_allclose(jnp.real(step), 1, rtol=0.13)
+
+                def total(g, optimizer=optimizer, state=state):
+                    return jnp.sum(jnp.real(optimizer.update(2 * g, state)[0]))
+
+                for derivative in (jax.grad(total), jax.jit(jax.grad(total))):
+                    assert np.isfinite(derivative(g)).all()
 
 
 def check_updates_need_no_exchange():
@@ -281,6 +321,7 @@ def check_bfloat16_models():
 CHECKS = eight_devices.named(
     check_bfloat16_models,
     check_explicit_types,
+    check_a_sharded_state_beside_replicated_gradients,
     check_updates_need_no_exchange,
     check_no_bit_depends_on_the_layout,
     check_leaves_of_one_coordinate_a_device,
