@@ -14,8 +14,8 @@ leaves no bias.
 A format knows its ``largest`` number, at which gradients are clipped. A mean
 ``is_ratio`` if it is stored as m/u. A norm ``saturates`` if infinity becomes its
 largest number. A u up to its ``smallest`` number has decayed: ``max_growth`` lets it
-take any gradient. ``decayed`` and ``grown`` are the codes of ``b2 * u`` and ``max_growth * u``;
-``no_limit`` is above every code.
+take any gradient. ``decayed`` and ``grown`` are the codes of ``b2 * u`` and of
+``max_growth * u``; ``no_limit`` is above every code.
 
 To add a format, write a class and put it into ``MEANS`` or ``NORMS``.
 """
