@@ -133,11 +133,12 @@ def scale_by_adamax(
     10 %. Where fewer gradients than that differ from 0, as of rare words, u decays, and
     steps tell little more than the sign.
 
-    The factor is exact in float32 and float64, and rounded to the nearest number in
-    bfloat16. In uint8 u grows by whole codes, of which a factor of 2 is exactly 4: by
-    the most codes that stay within the factor, and by one at least, or it could not
-    grow at all. For ``max_growth=1.1`` that is one code, 14 to 25 % before the decay of
-    the step, so that u follows a higher quantile (about 6 %).
+    The factor is exact in float32 and float64. In bfloat16 it is 1 + 2^-7 at least, a
+    step of its numbers, and u is rounded to nearest. In uint8 u grows by whole codes,
+    of which a factor of 2 is exactly 4: by the most codes that stay within the factor,
+    and by one at least, or it could not grow at all. For ``max_growth=1.1`` that is one
+    code, 14 to 25 % before the decay of the step, so that u follows a higher quantile
+    (about 6 %).
 
     **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
     without drift: each stored number is the exact one rounded once, at any age, and the

@@ -90,23 +90,33 @@ def check_dtype(
     except TypeError as error:
         raise TypeError(f"{name} must be {choice}, got {value!r}.") from error
     if dtype.name not in allowed:
-        raise ValueError(f"{name} must be {choice}, got {dtype.name}.")
+        is_dropped = "bfloat16" in allowed and dtype.name.startswith(_DROPPED)
+        hint = f" {_INSTEAD_OF_DROPPED}" if is_dropped else ""
+        raise ValueError(f"{name} must be {choice}, got {dtype.name}.{hint}")
     return dtype
 
 
-def check_formats(m_dtype: Any, u_dtype: Any) -> None:
-    """Raises TypeError if m or u has a dtype that is no format, as float16."""
-    for name, dtype, known in (
-        ("m", m_dtype, MEANS | COMPLEX_MEANS),
-        ("u", u_dtype, NORMS),
+_DROPPED = ("float16", "float8")
+_INSTEAD_OF_DROPPED = (
+    "Version 0.1 stored m and u in float16 and float8; int8 for m and uint8 for u hold "
+    "more in fewer bytes, bfloat16 has a wider range."
+)
+
+
+def check_formats(state: Any) -> None:
+    """Raises TypeError if m or u has a dtype that is no format, such as float16."""
+    for name, tree, known in (
+        ("m", state.m, MEANS | COMPLEX_MEANS),
+        ("u", state.u, NORMS),
     ):
-        if dtype.name not in known:
-            raise TypeError(
-                f"The state's {name} has dtype {dtype.name}, but {name} is stored in "
-                f"one of {', '.join(known)}. A state that version 0.1 stored in "
-                "float16 or float8 is converted there, with its convert_state; one "
-                "that was cast has to be cast back."
-            )
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if leaf.dtype.name not in known:
+                raise TypeError(
+                    f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, "
+                    f"but {name} is stored in one of {', '.join(known)}. A state that "
+                    "version 0.1 stored in float16 or float8 is converted there, with "
+                    "its convert_state; one that was cast has to be cast back."
+                )
 
 
 def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
@@ -244,13 +254,18 @@ def check_stored(
             f"The state's u_scale has dtype {scale_dtype}, but this optimizer stores "
             f"float32. {_NO_CASTS}"
         )
-    m_leaves, u_leaves = jax.tree.leaves_with_path(state.m), jax.tree.leaves(state.u)
-    if len(m_leaves) != len(u_leaves):
+    m_leaves, u_leaves = map(jax.tree.leaves_with_path, (state.m, state.u))
+    if [path for path, _ in m_leaves] != [path for path, _ in u_leaves]:
         raise ValueError(
-            f"The state has {len(m_leaves)} arrays in m but {len(u_leaves)} in u."
+            f"The state has {len(m_leaves)} arrays in m but {len(u_leaves)} in u, or "
+            f"at other places: m has {_named(m_leaves)}, u has {_named(u_leaves)}. "
+            "Give update the state that init or the last update returned."
         )
+    check_formats(state)
     checked = set()
-    for (path, m), u, p_dtype in zip(m_leaves, u_leaves, param_dtypes, strict=True):
+    for (path, m), (_, u), p_dtype in zip(
+        m_leaves, u_leaves, param_dtypes, strict=True
+    ):
         kind = m.dtype, u.dtype, m.shape, u.shape, p_dtype
         if kind in checked:
             continue
@@ -271,6 +286,11 @@ def check_stored(
                 f"{u_shape}. insert_state brings the state of an optimizer with other "
                 "shared_axes into what init returns."
             )
+
+
+def _named(leaves, limit=3):
+    names = [name_of(path) for path, _ in leaves]
+    return ", ".join(names[:limit] + ["..."] * (len(names) > limit)) or "none"
 
 
 _NO_CASTS = (

@@ -135,6 +135,8 @@ class _ScaledNorm:
 
     def minimum(self, code, limit):
         """NaN stays, whose code is above infinity's."""
+        # Plus zeros: the choice needs the sharding of both.
+        code = code + jnp.zeros_like(limit)
         return jnp.where(code > self.infinity, code, jnp.minimum(code, limit))
 
     def write(self, u, u_scale):

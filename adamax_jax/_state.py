@@ -168,6 +168,9 @@ def some_states(
     if not found:
         hint = _hint(state, kind)
         raise ValueError(f"The {name} holds no {kind.__name__}.{hint}")
+    if kind is ScaleByAdamaxState:
+        for _, adamax_state in found:
+            check_formats(adamax_state)
     return found
 
 
@@ -213,7 +216,6 @@ def read(
     stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """m and u of one leaf as numbers, in float32 at least."""
-    check_formats(stored_m.dtype, stored_u.dtype)
     mean, norm = formats(stored_m.dtype, stored_u.dtype)
     u = norm.read(stored_u, u_scale)
     return mean.read(stored_m, u, norm), u

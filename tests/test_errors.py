@@ -440,6 +440,9 @@ def test_a_state_that_lacks_a_norm():
     broken = state[0]._replace(u={"a": state[0].u["a"]})
     with pytest.raises(ValueError, match="2 arrays in m but 1 in u"):
         optimizer.update(params, (broken, state[1]), params)
+    renamed = state[0]._replace(u={"a": state[0].u["a"], "c": state[0].u["b"]})
+    with pytest.raises(ValueError, match=r"m has \['a'\], \['b'\], u has .*\['c'\]"):
+        optimizer.update(params, (renamed, state[1]), params)
 
 
 @pytest.mark.parametrize("factory", DECAYED)
@@ -502,16 +505,17 @@ def test_containers_that_look_at_their_fields():
     ("before", "after"),
     [
         (jnp.float16, jnp.float32),
-        (jnp.float16, jnp.float16),
-        (jnp.float32, jnp.float16),
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float32, jnp.bfloat16),
+        (jnp.float64, jnp.float32),
     ],
 )
-def test_a_mean_that_was_cast(optimizer, before, after):
-    """Also to the dtype of its parameter, in which version 0.1 stored a ratio to u."""
+def test_a_mean_that_was_cast(x64, optimizer, before, after):
+    """Beside the parameter that can be seen."""
     params = jnp.ones(2, before)
     state = optimizer.init(params)
     cast = (state[0]._replace(m=state[0].m.astype(after)), *state[1:])
-    with pytest.raises(TypeError, match=r"m at .* has dtype .* parameter in float"):
+    with pytest.raises(TypeError, match=r"m at .* has dtype .* parameter in b?float"):
         optimizer.update(params, cast, params)
 
 
@@ -520,9 +524,7 @@ def test_a_mean_that_was_cast(optimizer, before, after):
 def test_dtypes_that_are_storages_no_more(name, dtype):
     """The error names those that are."""
     byte = "int8" if name == "m_dtype" else "uint8"
-    message = (
-        rf"{name} must be None or one of float64, .* bfloat16, {byte}, got {dtype}"
-    )
+    message = rf"{name} must be .*, bfloat16, {byte}, got {dtype}.*hold more in fewer"
     with pytest.raises(ValueError, match=message):
         adamax(**{name: dtype})
     with pytest.raises(ValueError, match=message):
@@ -537,7 +539,7 @@ def test_a_state_that_version_0_1_stored_in_float16(field):
     new = optimizer.init(params)
     leaf = jnp.ones(2, jnp.float16)
     old = (new[0]._replace(**{field: leaf}), *new[1:])
-    with pytest.raises(TypeError, match=f"{field} at .* float16, but .* bfloat16"):
+    with pytest.raises(TypeError, match=f"{field} at .* float16.*version 0.1"):
         optimizer.update(params, old, params)
     for function in (
         moments,
@@ -546,7 +548,7 @@ def test_a_state_that_version_0_1_stored_in_float16(field):
         diagnose,
         to_optax,
     ):
-        with pytest.raises(TypeError, match=f"{field} has dtype float16.*version 0.1"):
+        with pytest.raises(TypeError, match=f"{field} at .* float16.*version 0.1"):
             function(old)
 
 

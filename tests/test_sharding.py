@@ -69,7 +69,7 @@ def check_a_sharded_state_beside_replicated_gradients():
                 scale_by_adamax(),
                 scale_by_adamax(**growth),
                 scale_by_adamax(**growth, u_dtype="uint8"),
-                scale_by_adamax(**growth, u_dtype="bfloat16", nesterov=True),
+                scale_by_adamax(**growth, u_dtype="bfloat16"),
                 scale_by_adamax(**growth, shared_axes=0, eps_inside=False),
                 scale_by_lp_adam(2.0),
                 scale_by_lp_adam(2.5),
