@@ -145,6 +145,10 @@ OPTIMIZERS = {
 }
 
 
+# The others differ from these in kind by little.
+SHORT = ("adamax", "growth", "shared u, growth", "p = infinity", "p = 3")
+
+
 def losses_after(optimizer, a, steps=3):
     """The loss of each row after some steps from 0 towards multiples of a."""
     params = jnp.zeros_like(a)
@@ -165,7 +169,13 @@ def finite_differences(function, a, h=1e-6):
     return np.stack(columns, axis=-1)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in SHORT else pytest.param(name, marks=pytest.mark.long)
+        for name in OPTIMIZERS
+    ],
+)
 def test_compiled_and_eager_they_are_those_of_finite_differences(name, x64):
     """In forward and in reverse mode, in float64 and in float32.
 
