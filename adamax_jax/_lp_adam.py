@@ -367,7 +367,8 @@ class MeanOfOrder(NamedTuple):
     def __call__(self, norm, u, magnitude, c):
         """((1 - w) u^p + w |g|^p)^(1/p), in floats; no power of it exceeds 1."""
         old, new = c.decay * u, c.weight * magnitude
-        high, low = larger(old, new), smaller(old, new)
+        # Of two equal terms the old one is the high one, as in is_close below.
+        high, low = larger(new, old), smaller(new, old)
         if self.known_p == math.inf:
             return high
         ratio = divide(low, jnp.where(high == 0, 1, high))
