@@ -32,7 +32,7 @@ from adamax_jax._xla import as_rounded, larger, narrowed, smaller
 
 # Of float32.
 _MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
-_INFINITY, _SIGN = 0x7F800000, -(1 << 31)
+_INFINITY, _NAN, _SIGN = 0x7F800000, 0x7FC00000, -(1 << 31)
 
 
 class Wide:
@@ -98,8 +98,9 @@ class Int8Mean:
     def ratio(self, stored):
         code = stored.astype(jnp.int32)
         magnitude = jnp.abs(code)
-        ratio = _float((magnitude + self.FIRST) << self.SHIFT) - self.KNEE
-        ratio = jnp.where(magnitude == self.NAN, jnp.nan, ratio)
+        bits = (magnitude + self.FIRST) << self.SHIFT
+        # As bits: under jax.disable_jit, jax.debug_nans reports a NaN among constants.
+        ratio = _float(jnp.where(magnitude == self.NAN, _NAN, bits)) - self.KNEE
         return jnp.where(code < 0, -ratio, ratio)
 
     def read(self, stored, u, norm):

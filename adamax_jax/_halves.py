@@ -19,6 +19,8 @@ import numpy as np
 from jax import lax
 
 _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+# Bits, of float32 and of float16.
+_NAN, _INFINITY_OF_FLOAT16 = 0x7FC00000, 0x7C00
 
 
 def is_half(x: Any) -> bool:
@@ -41,17 +43,17 @@ def threshold_of(count: jax.Array) -> jax.Array:
 def join(p: jax.Array, r: jax.Array) -> jax.Array:
     """The float32 numbers x that p and r stand for; their derivative by p is 1."""
     if p.dtype == jnp.float16:
-        return p.astype(jnp.float32) + r.astype(jnp.float32) * _unit(p, r.dtype)
+        p = p.astype(jnp.float32)
+        return p + r.astype(jnp.float32) * _unit(p, r.dtype)
     low = r.astype(jnp.int32)
     if r.dtype == jnp.int8:
         low = low << 8
-    high = _high(p)
+    high = _bits(_wide(p))
     # If somebody else set p: below the bits of 0 there are those of NaN, and so above
     # infinity. (A comparison of floats takes subnormal numbers for 0.)
     is_zero = (high & 0x7FFFFFFF) == 0
     has_residual = jnp.isfinite(p) & ~(is_zero & (low < 0))
-    bits = high + jnp.where(has_residual, low, 0)
-    return lax.bitcast_convert_type(bits, jnp.float32)
+    return _float(high + jnp.where(has_residual, low, 0))
 
 
 @join.defjvp
@@ -63,7 +65,7 @@ def _(primals, tangents):
 def split(x: jax.Array, dtype: Any, residual_dtype: Any) -> tuple[jax.Array, jax.Array]:
     """p of a dtype and r that stand for float32 numbers, or for the nearest ones."""
     if residual_dtype == jnp.int8:
-        x = _of_fewer_bits(x, dtype, 0.5)
+        x = _with_8_bits(x, dtype, 0.5)
     p = _round(x, dtype)
     return p, _residual_of(x, p, residual_dtype)
 
@@ -81,13 +83,13 @@ def step(
 def _step(p, x, u, threshold, residual_dtype):
     x = x + u
     if residual_dtype == jnp.int8:
-        x = _of_fewer_bits(x, p.dtype, threshold)
+        x = _with_8_bits(x, p.dtype, threshold)
     new_p = _round(x, p.dtype)
     # A difference of -0 leaves also a parameter of -0 as it is.
-    difference = new_p.astype(jnp.float32) - p.astype(jnp.float32)
-    update = jnp.where(new_p == p, -0.0, difference)
+    old = p.astype(jnp.float32)
+    update = jnp.where(_wide(new_p) == old, -0.0, _wide(new_p) - old)
     # What optax.apply_updates makes of it, which is not always the same.
-    new_p = (p.astype(jnp.float32) + update).astype(p.dtype)
+    new_p = (old + update).astype(p.dtype)
     return update, _residual_of(x, new_p, residual_dtype)
 
 
@@ -101,55 +103,75 @@ def _(residual_dtype, primals, tangents):
 
 
 def _round(x, dtype):
-    """The nearest numbers in half precision."""
+    """The nearest numbers in half precision; in bfloat16, ties away from 0."""
     if dtype == jnp.float16:
         return x.astype(dtype)
-    # Ties away from 0, so that what is left has 16 bits.
-    high = (lax.bitcast_convert_type(x, jnp.int32) + 0x8000) >> 16
-    p = lax.bitcast_convert_type(high.astype(jnp.int16), jnp.bfloat16)
-    # Half of the patterns of NaN would be carried over into the sign.
-    return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), p)
+    # So what is left of a tie has 16 bits. Half of the patterns of NaN would be carried
+    # over into the sign.
+    high = jnp.where(jnp.isnan(x), _NAN, _bits(x) + 0x8000) >> 16
+    return lax.bitcast_convert_type(high.astype(jnp.int16), jnp.bfloat16)
 
 
-def _of_fewer_bits(x, dtype, threshold):
-    """Numbers whose residual has 8 bits, above x or below it."""
+def _wide(p):
+    """The float32 numbers that numbers in half precision are.
+
+    By bits, since XLA:GPU (jaxlib 0.10.2) takes out a cast to half precision and the
+    one back, so that x - p would be 0. Test: ``test_excess_precision.py``.
+    """
+    bits = lax.bitcast_convert_type(p, jnp.int16).astype(jnp.int32)
+    if p.dtype == jnp.bfloat16:
+        return _float(bits << 16)
+    magnitude = bits & 0x7FFF
+    is_finite = magnitude < _INFINITY_OF_FLOAT16
+    # The exponent of 1 is 15 in float16, 127 in float32, and that of infinity the last.
+    exponent = jnp.where(is_finite, 127 - 15, 255 - 31)
+    normal = _float((magnitude << 13) + (exponent << 23))
+    subnormal = magnitude.astype(jnp.float32) * 2.0**-24
+    wide = jnp.where(magnitude < 1 << 10, subnormal, normal)
+    return jnp.where(bits < 0, -wide, wide)
+
+
+def _with_8_bits(x, dtype, threshold):
+    """Rounds x stochastically to what p and a residual of 8 bits can hold."""
     if dtype == jnp.float16:
-        p = x.astype(dtype)
+        p = _wide(_round(x, dtype))
         unit = _unit(p, jnp.int8)
-        r = jnp.floor((x - p.astype(jnp.float32)) / unit + threshold)
-        return jnp.where(jnp.isfinite(p), p.astype(jnp.float32) + r * unit, x)
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    bits = (bits + jnp.floor(threshold * 256).astype(jnp.int32)) & ~0xFF
-    return jnp.where(jnp.isfinite(x), lax.bitcast_convert_type(bits, jnp.float32), x)
+        r = jnp.floor((x - p) / unit + threshold)
+        return jnp.where(jnp.isfinite(p), p + r * unit, x)
+    bits = (_bits(x) + jnp.floor(threshold * 256).astype(jnp.int32)) & ~0xFF
+    return jnp.where(jnp.isfinite(x), _float(bits), x)
 
 
 def _residual_of(x, p, dtype):
-    """What p lacks of x, in integers; as much of it as they hold."""
+    """x minus p, in integers, clipped to those that there are."""
+    wide = _wide(p)
     if p.dtype == jnp.bfloat16:
-        r = lax.bitcast_convert_type(x, jnp.int32) - _high(p)
+        r = _bits(x) - _bits(wide)
         r = r >> 8 if dtype == jnp.int8 else r
         # Bits of numbers of different signs have no distance.
-        has_residual = jnp.isfinite(p) & (jnp.signbit(x) == jnp.signbit(p))
+        has_residual = jnp.isfinite(wide) & (jnp.signbit(x) == jnp.signbit(wide))
     else:
-        r = jnp.round((x - p.astype(jnp.float32)) / _unit(p, dtype))
-        has_residual = jnp.isfinite(p)
+        r = jnp.round((x - wide) / _unit(wide, dtype))
+        has_residual = jnp.isfinite(wide)
     ends = jnp.iinfo(dtype)
     r = jnp.clip(jnp.where(has_residual, r, 0), ends.min, ends.max)
     return r.astype(dtype)
 
 
-def _high(p):
-    """The bits of the float32 that is the same number as a bfloat16."""
-    return lax.bitcast_convert_type(p, jnp.int16).astype(jnp.int32) << 16
-
-
 def _unit(p, residual_dtype):
-    """What one in the residual of a float16 stands for."""
-    bits = lax.bitcast_convert_type(p.astype(jnp.float32), jnp.int32)
-    power = lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)
+    """What one in the residual of a float16 stands for; p in float32."""
+    power = _float(_bits(p) & 0x7F800000)
     info = jnp.finfo(jnp.float16)
     # Also for an infinite p, whose residual of 0 is to stand for 0.
     power = jnp.clip(power, float(info.smallest_normal), 2.0 ** (info.maxexp - 1))
     ulp = power * float(info.eps)
     # Half an ulp is at most half of the largest integer.
     return ulp / (jnp.iinfo(residual_dtype).max + 1)
+
+
+def _bits(x):
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits):
+    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamax_jax._shared_axes import Shape, is_shared, spec_of_shared
 from adamax_jax._trees import ends_of, name_of
@@ -29,13 +29,20 @@ def zero_shardings(
     along ``axis`` keeps and updates 1/N of it (ZeRO stage 1). What is computed stays
     the same; the compiler adds the one exchange that brings the updates together.
 
-    They work for the state of any Optax optimizer. An array that belongs to a parameter
-    (of the same shape, with the longest common path suffix) is sharded over
-    ``mesh`` as the parameter is and over ``axis`` in addition, unless it is already
-    (FSDP). The axis goes to the first dimension that it divides, preferably one that is
-    not sharded yet. An array that differs only in axes of size 1, as AdaMax's shared u,
-    is sharded as that one is along the others. An array of another shape, as in
-    Adafactor, is sharded over ``axis`` alone, and a single number is replicated.
+    An array that belongs to a parameter (of the same shape, with the longest common
+    path suffix) is sharded over ``mesh`` as the parameter is and over ``axis`` in
+    addition, unless it is already (FSDP). The axis goes to the first dimension that it
+    divides, preferably one that is not sharded yet. An array that differs only in axes
+    of size 1, as AdaMax's shared u, is sharded as that one is along the others. An
+    array of another shape, as in Adafactor, is sharded over ``axis`` alone, and a
+    single number is replicated.
+
+    If ``axis`` has type ``Auto``, they work for the state of any Optax optimizer. If it
+    is ``Explicit``, they work for element-wise and factored ones: the axis goes to
+    dimensions that are not sharded yet, and arrays of another shape are replicated.
+    Reshard the updates before they are added, and for some optimizers the gradients;
+    the state of Muon, Prodigy and L-BFGS, which contract arrays, cannot be sharded so
+    (``notebooks/devices.md``).
 
     Give them to ``jax.jit`` twice: for ``init``, so that the state is never whole on
     one device, and for the training step, without which the compiler may choose to
@@ -61,8 +68,9 @@ def zero_shardings(
 
     Warns:
       UserWarning: Once, if arrays of several numbers have no dimension that the axis
-        divides: they stay as the parameter is, replicated over the axis. The message
-        names them and says how many bytes they are.
+        divides (and that is not sharded, if the axis is ``Explicit``): they stay as the
+        parameter is, replicated over the axis. The message names them and says how many
+        bytes they are.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -93,12 +101,16 @@ def zero_shardings(
             f"axis must be the name of one of the mesh's axes {mesh.axis_names}, got "
             f"{axis!r}."
         )
+    is_explicit = mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Explicit
     parameters = _parameters_by_end(params, mesh)
     unsharded = []
 
     def shard(path, leaf):
-        _, shape, spec = _parameter_of(path, leaf.shape, parameters)
-        spread = _spread(shape, spec, mesh, axis)
+        parameter = _parameter_of(path, leaf.shape, parameters)
+        if parameter is None and is_explicit:
+            return NamedSharding(mesh, PartitionSpec())
+        _, shape, spec = parameter or _Parameter(path, leaf.shape, PartitionSpec())
+        spread = _spread(shape, spec, mesh, axis, is_explicit)
         if spread is None:
             if leaf.size > 1:
                 unsharded.append((path, leaf))
@@ -108,7 +120,8 @@ def zero_shardings(
     state = jax.eval_shape(optimizer.init, params)
     shardings = jax.tree_util.tree_map_with_path(shard, state)
     if unsharded:
-        warnings.warn(_report(unsharded, state, mesh, axis), stacklevel=2)
+        report = _report(unsharded, state, mesh, axis, is_explicit)
+        warnings.warn(report, stacklevel=2)
     return shardings
 
 
@@ -131,7 +144,7 @@ def _parameters_by_end(params, mesh):
 
 
 def _parameter_of(path, shape, by_end):
-    """The parameter that an array of the state belongs to, or one like the array.
+    """The parameter that an array of the state belongs to; None if there is none.
 
     The longest end that the two paths share tells, and of several parameters with this
     end the one that has no longer path: usually the end is all of it, but
@@ -140,9 +153,7 @@ def _parameter_of(path, shape, by_end):
     """
     end = next((end for end in ends_of(path) if end in by_end), None)
     fitting = [p for p in by_end.get(end, []) if is_shared(shape, p.shape)]
-    if not fitting:
-        return _Parameter(path, shape, PartitionSpec())
-    return min(fitting, key=lambda p: (len(p.path), p.shape != shape))
+    return min(fitting, key=lambda p: (len(p.path), p.shape != shape), default=None)
 
 
 def _own_spec(path, leaf, mesh):
@@ -166,13 +177,16 @@ def _is_same(own, mesh):
     return own.shape == mesh.shape
 
 
-def _spread(shape, spec, mesh, axis):
+def _spread(shape, spec, mesh, axis, only_free):
     """The spec with the axis added; None where no dimension can be sharded."""
     axes = [_axes(entry) for entry in spec] + [()] * (len(shape) - len(spec))
     if any(axis in names for names in axes):
         return spec
-    # Free dimensions first: a sharded one gets two axes only if there is no other.
+    # Free dimensions first: a sharded one gets two axes only if there is no other, and
+    # none where axes are explicit, since the gradients' sharding would contradict.
     for dimension in sorted(range(len(shape)), key=lambda d: len(axes[d])):
+        if only_free and axes[dimension]:
+            break
         names = (*axes[dimension], axis)
         parts = math.prod(mesh.shape[name] for name in names)
         if shape[dimension] > 0 and shape[dimension] % parts == 0:
@@ -188,14 +202,16 @@ def _axes(entry):
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def _report(unsharded, state, mesh, axis):
+def _report(unsharded, state, mesh, axis, only_free):
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     part = sum(leaf.size * leaf.dtype.itemsize for _, leaf in unsharded)
     names = [f"{name_of(path)} {leaf.shape}" for path, leaf in unsharded]
     more = len(names) - _MOST_NAMED
     return (
         f"{part:,} of the optimizer state's {whole:,} bytes stay replicated over axis "
-        f"{axis!r}, since {mesh.shape[axis]} divides no dimension of "
+        f"{axis!r}, since {mesh.shape[axis]} divides no dimension"
+        + (", of those that are not sharded already," if only_free else "")
+        + " of "
         + ", ".join(names[:_MOST_NAMED])
         + (f" and {more} more." if more > 0 else ".")
     )

@@ -6,14 +6,18 @@ How the compiled programs are read is tested on small ones, written by hand.
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from jax.sharding import SingleDeviceSharding
+from sequences import STORAGES
 
-from adamax_jax import adamax
+from adamax_jax import adamax, master_weights, set_full_params
 from adamax_jax._lab import bench, compiled, hlo, scale, shapes, targets, traffic
 from adamax_jax._lab.cli import main
 from adamax_jax._lab.contenders import TWO_BYTES
@@ -161,6 +165,48 @@ def test_what_is_reckoned_for_many_devices_is_what_is_compiled(device, divided):
     # The parameters, as many gradients, the state.
     reckoned_arguments = 2 * reckoned.parameter_bytes + reckoned.state_bytes
     assert 0 < arguments - reckoned_arguments < SCALARS
+
+
+def casts(text):
+    """How many numbers a compiled program converts."""
+    return len(re.findall(r"[})\]] convert\(", text))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("residual_dtype", ["int16", "int8"])
+@pytest.mark.parametrize("storage", ["own", "two bytes"])
+def test_no_rounding_is_taken_out(storage, residual_dtype, dtype):
+    """XLA:GPU takes out pairs of casts, unless excess precision is forbidden.
+
+    So a program has no such pair if it is the same with and without. (m and u in
+    bfloat16 have pairs, around numbers that no cast changes:
+    ``test_excess_precision.py`` runs them without.)
+    """
+    optimizer = master_weights(adamax(1e-3, **STORAGES[storage]), residual_dtype)
+    needs("h100")
+    (gpu, *_) = targets.devices("h100")
+
+    def placed(tree):
+        on_gpu = SingleDeviceSharding(gpu)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_gpu), tree
+        )
+
+    params = jax.ShapeDtypeStruct((256, 256), dtype)
+    full = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    state = placed(jax.eval_shape(optimizer.init, params))
+    params, full = placed(params), placed(full)
+
+    def step(params, state, g):
+        updates, state = optimizer.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for program in (
+        jax.jit(step).lower(params, state, params),
+        jax.jit(set_full_params).lower(params, state, full),
+    ):
+        strict = program.compile({"xla_allow_excess_precision": False}).as_text()
+        assert casts(program.compile().as_text()) == casts(strict) > 0
 
 
 def test_a_shared_u_takes_no_padding():

@@ -17,7 +17,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sequences import STORAGES
 from versions import as_pure
 
-from adamax_jax import adamax, adamaxw, diagnose, insert_state, zero_shardings
+from adamax_jax import (
+    adamax,
+    adamaxw,
+    diagnose,
+    insert_state,
+    lp_adam,
+    zero_shardings,
+)
 
 P = PartitionSpec
 AUTO = AxisType.Auto
@@ -257,6 +264,142 @@ def check_any_optax_state():
         )
 
 
+def explicit_mesh():
+    types = (AxisType.Explicit,) * 2
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+
+
+def check_explicit_axes_take_free_dimensions_alone():
+    """Where one has two axes, neither Optax's Adam nor AdaMax could use it.
+
+    And an array of another shape than a parameter's stays whole, since nobody knows how
+    an optimizer combines it with others.
+    """
+    mesh = explicit_mesh()
+
+    def parameter(*shape, spec=()):
+        return abstract(*shape, sharding=NamedSharding(mesh, P(*spec)))
+
+    params = {
+        "kernel": parameter(16, 8, spec=[None, "model"]),
+        "bias": parameter(8, spec=["model"]),
+        "scale": parameter(16),
+        "divided": parameter(16, spec=["data"]),
+    }
+    expected = {
+        "kernel": P("data", "model"),
+        "bias": P("model"),
+        "scale": P("data"),
+        "divided": P("data"),
+    }
+    with pytest.warns(UserWarning) as caught:
+        shardings = zero_shardings(adamax(), params, mesh, "data")
+    assert specs(shardings)[0].m == specs(shardings)[0].u == expected
+    assert str(caught[0].message) == (
+        "64 of the optimizer state's 1,352 bytes stay replicated over axis 'data', "
+        "since 4 divides no dimension, of those that are not sharded already, of "
+        "[0].m['bias'] (8,), [0].u['bias'] (8,)."
+    )
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=8)
+    kernel = {"kernel": params["kernel"]}
+    state = specs(zero_shardings(factored, kernel, mesh, "data"))
+    assert state.v_row == state.v_col == {"kernel": P()}
+
+
+# On explicit axes: those that take gradients that are not sharded as their state is,
+# those that need them resharded, and those whose state cannot be sharded.
+EXPLICIT = {
+    "adamax": adamax(0.1),
+    "two bytes": adamax(0.1, m_dtype="int8", u_dtype="uint8", max_growth=2.0),
+    "shared": adamax(0.1, m_dtype="int8", shared_axes=-1),
+    "adamaxw": adamaxw(0.1),
+    "lp_adam": lp_adam(0.1, 3.0),
+    "optax.adamw": optax.adamw(0.1),
+    "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=8),
+    "sm3": optax.sm3(0.1),
+}
+RESHARDED = {
+    "novograd": optax.novograd(0.1),
+    "rprop": optax.rprop(0.1),
+    "apply_if_finite": optax.apply_if_finite(adamax(0.1), 3),
+}
+NOT_SHARDED = {
+    "muon": optax.contrib.muon(0.1),
+    "lbfgs": optax.lbfgs(0.1, linesearch=None),
+}
+
+
+def check_explicit_axes():
+    """ZeRO-1 beside tensor parallelism, for two steps: as on one device."""
+    mesh = explicit_mesh()
+    layout = {"kernel": P(None, "model"), "bias": P("model"), "scale": P()}
+    rng = np.random.default_rng(0)
+    on_one = {
+        "kernel": jnp.asarray(rng.normal(size=[16, 8]), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=8), jnp.float32),
+        "scale": jnp.asarray(rng.normal(size=16), jnp.float32),
+    }
+
+    def run(optimizer, needs_resharding):
+        params = {
+            name: jax.device_put(p, NamedSharding(mesh, layout[name]))
+            for name, p in on_one.items()
+        }
+        shardings = zero_shardings(optimizer, params, mesh, "data")
+        like = zero_shardings(optax.trace(0.9), params, mesh, "data").trace
+        state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+
+        def step(params, state):
+            def reshard(tree):
+                return jax.tree.map(jax.sharding.reshard, tree, like)
+
+            g, beside = jax.tree.map(jnp.cos, params), params
+            if needs_resharding:
+                g, beside = reshard(g), reshard(params)
+            updates, state = optimizer.update(g, state, beside)
+            updates = jax.tree.map(
+                lambda u, p: jax.sharding.reshard(u, jax.typeof(p).sharding),
+                updates,
+                params,
+            )
+            return optax.apply_updates(params, updates), state
+
+        own = jax.tree.map(lambda p: p.sharding, params)
+        step = jax.jit(step, out_shardings=(own, shardings))
+        for _ in range(2):
+            params, state = step(params, state)
+        return params
+
+    def alone(optimizer):
+        params, state = on_one, optimizer.init(on_one)
+        for _ in range(2):
+            g = jax.tree.map(jnp.cos, params)
+            updates, state = optimizer.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    cases = [
+        (name, optimizer, resharded)
+        for resharded, some in ((False, EXPLICIT), (True, EXPLICIT | RESHARDED))
+        for name, optimizer in some.items()
+    ]
+    with warnings.catch_warnings(), jax.set_mesh(mesh):
+        warnings.filterwarnings("ignore", ".*stay replicated.*")
+        for name, optimizer, resharded in cases:
+            for p, expected in zip(
+                jax.tree.leaves(run(optimizer, resharded)),
+                jax.tree.leaves(alone(optimizer)),
+                strict=True,
+            ):
+                np.testing.assert_allclose(
+                    p, expected, rtol=1e-5, atol=1e-6, err_msg=name
+                )
+        for some, resharded in ((RESHARDED, False), (NOT_SHARDED, True)):
+            for optimizer in some.values():
+                with pytest.raises(Exception, match=r"shard|branches"):
+                    run(optimizer, resharded)
+
+
 def check_what_cannot_be_divided_is_reported():
     mesh = data_mesh()
     params = {"odd": abstract(7, 3), "even": abstract(8), "single": abstract(1)}
@@ -451,6 +594,8 @@ CHECKS = eight_devices.named(
     check_the_longest_end_of_a_path_decides,
     check_a_state_that_exists,
     check_any_optax_state,
+    check_explicit_axes_take_free_dimensions_alone,
+    check_explicit_axes,
     check_what_cannot_be_divided_is_reported,
     check_errors,
     check_training,
