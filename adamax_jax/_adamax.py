@@ -14,6 +14,7 @@ from adamax_jax._checks import (
     check_eps,
     check_gradients,
     check_growth,
+    check_is_available,
     check_params,
     check_ratio,
     check_rounding,
@@ -274,6 +275,8 @@ def scale_by_adamax(
 
     def init_fn(params):
         check_params(params, m_dtype)
+        check_is_available("m_dtype", m_dtype)
+        check_is_available("u_dtype", u_dtype)
         check_rounding({"b1": b1, "b2": b2}, params, m_dtype, u_dtype)
         return ScaleByAdamaxState(
             count=jnp.zeros([], jnp.int32),

@@ -6,7 +6,9 @@ dtypes): a hyperparameter may be a traced array, whose value nobody knows yet.
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import jax
@@ -57,9 +59,10 @@ def check_growth(name: str, value: Any) -> Any:
     )
 
 
-def check_finite(name: str, value: Any) -> Any:
-    """Returns a factor, refusing an infinite number or NaN."""
-    return _check_scalar(name, value, "finite", math.isfinite)
+def check_factor(name: str, value: Any) -> Any:
+    """Returns a factor that is no schedule, refusing an infinite number or NaN."""
+    kinds = "a number, a scalar array or a schedule"
+    return _check_scalar(name, value, "finite", math.isfinite, kinds)
 
 
 def check_scalar(name: str, value: Any) -> Any:
@@ -96,6 +99,27 @@ def check_dtype(
     return dtype
 
 
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises ValueError for what is none of some strings."""
+    if value not in allowed:
+        choice = " or ".join(map(repr, allowed))
+        raise ValueError(f"{name} must be {choice}, got {value!r}.")
+
+
+def check_is_available(name: str, dtype: Any) -> None:
+    """Raises ValueError for float64 where JAX would make float32 of it."""
+    if dtype != jnp.float64:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = jnp.zeros([], dtype).dtype
+    if made != dtype:
+        raise ValueError(
+            f"{name} is float64, of which JAX makes {made}, unless jax_enable_x64 is "
+            f"set: set it, or use {name}='float32'."
+        )
+
+
 _DROPPED = ("float16", "float8")
 _INSTEAD_OF_DROPPED = (
     "Version 0.1 stored m and u in float16 and float8; int8 for m and uint8 for u hold "
@@ -117,6 +141,49 @@ def check_formats(state: Any) -> None:
                     "version 0.1 stored in float16 or float8 is converted there, with "
                     "its convert_state; one that was cast has to be cast back."
                 )
+    _check_scale(state)
+
+
+def _check_scale(state):
+    """Raises ValueError if u_scale says that u was cast; traced, it says nothing."""
+    (u_scale,) = jax.tree.leaves(getattr(state, "u_scale", 1.0))
+    if any(NORMS[u.dtype.name].is_scaled for u in jax.tree.leaves(state.u)):
+        return
+    if isinstance(u_scale, Tracer) or not getattr(
+        u_scale, "is_fully_addressable", True
+    ):
+        return
+    # 0 is what jax.tree.map(jnp.zeros_like, state) leaves.
+    values = np.asarray(u_scale)
+    if not np.all((values == 1) | (values == 0)):
+        raise ValueError(
+            f"The state's u_scale is {values}, but no u is stored below 32 bits, where "
+            f"it is 1: this state was cast. {_NO_CASTS}"
+        )
+
+
+def check_numbers(state: Any) -> None:
+    """Raises ValueError if m must be codes of int8 that a loader cast to floats.
+
+    That is, if it is many whole numbers up to 128 in size, and some of them large. Of
+    traced numbers nothing is known.
+    """
+    size, largest = 0, 0
+    for leaf in jax.tree.leaves(state.m):
+        is_known = not isinstance(leaf, Tracer) and getattr(
+            leaf, "is_fully_addressable", True
+        )
+        if not is_known or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return
+        if not jnp.all((jnp.abs(leaf) <= 128) & (jnp.round(leaf) == leaf)):
+            return
+        size += int(jnp.count_nonzero(leaf))
+        largest = max(largest, int(jnp.max(jnp.abs(leaf), initial=0)))
+    if size >= 64 and largest >= 32:
+        raise ValueError(
+            f"The state's m is {size} whole numbers of at most {largest}: codes of "
+            f"int8 that were cast. {_NO_CASTS}"
+        )
 
 
 def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
@@ -143,10 +210,10 @@ def _check_precision(name, value):
         )
 
 
-def _check_scalar(name, value, allowed, is_allowed):
+def _check_scalar(name, value, allowed, is_allowed, kinds="a number or a scalar array"):
     if callable(value):
         raise TypeError(
-            f"{name} must be a number or a scalar array, got the function {value!r}. "
+            f"{name} must be {kinds}, got the function {value!r}. "
             "To schedule it, wrap the optimizer in optax.inject_hyperparams."
         )
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
@@ -157,16 +224,39 @@ def _check_scalar(name, value, allowed, is_allowed):
             raise ValueError(f"{name} must be {allowed}, got {value!r}.")
         return float(value)
     if not hasattr(value, "dtype"):
-        raise TypeError(f"{name} must be a number or a scalar array, got {value!r}.")
+        hint = "" if jax.tree_util.all_leaves([value]) else _IF_PARAMETERS
+        raise TypeError(f"{name} must be {kinds}, got {_shown(value)}.{hint}")
     if jnp.iscomplexobj(value):
         raise TypeError(
-            f"{name} must be a number or a scalar array, got {value!r}, which is "
+            f"{name} must be {kinds}, got {value!r}, which is "
             "complex. If it comes from optax.inject_hyperparams, which casts to the "
             "parameters' dtype, pass that hyperparam_dtype=jnp.float32."
         )
     if jnp.shape(value) != ():
         raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")
     return value
+
+
+_IF_PARAMETERS = " If these are the parameters: init and update take them."
+
+
+def _shown(value):
+    """A value as an error shows it; of a tree, its type alone."""
+    if jax.tree_util.all_leaves([value]):
+        return repr(value)
+    return f"a {type(value).__name__} of {len(jax.tree.leaves(value))} leaves"
+
+
+def check_optimizer(value: Any) -> None:
+    """Raises TypeError for what has no init and update."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        hint = (
+            f" Call {value.__name__} first." if isinstance(value, FunctionType) else ""
+        )
+        raise TypeError(
+            "optimizer must be an optax.GradientTransformation, such as adamax(1e-3), "
+            f"got {_shown(value)}.{hint}"
+        )
 
 
 def check_params(params: Any, m_dtype: Any = None) -> None:
@@ -237,6 +327,18 @@ def check_state(state: Any, kind: type) -> None:
         )
 
 
+def check_chained(state: Any, size: int) -> None:
+    """Raises TypeError for what is not the state of a chain of so many parts."""
+    is_plain = isinstance(state, tuple | list) and not hasattr(state, "_fields")
+    if not is_plain or len(state) != size:
+        raise TypeError(
+            "update takes the gradients, the state and the parameters, in this order. "
+            "The state must be what init or the last update returned, a tuple of "
+            f"{size} states, got {_shown(state)}. insert_state puts the state of "
+            "another AdaMax into such a tuple."
+        )
+
+
 def check_stored(
     state: Any, as_at_init: Callable[..., Any], param_dtypes: Sequence[Any]
 ) -> None:
@@ -294,8 +396,9 @@ def _named(leaves, limit=3):
 
 
 _NO_CASTS = (
-    "A stored number is not what it stands for, so that a cast changes it: use "
-    "adamax_jax.convert_state, or insert_state into what init returns."
+    "A stored number is not what it stands for, so that a cast changes it. Restore a "
+    "checkpoint in the dtypes that it was saved in; then use adamax_jax.convert_state, "
+    "or insert_state into what init returns."
 )
 
 
@@ -409,7 +512,7 @@ def _structure_message(updates, m):
             shape = "None" if moment is None else f"one of shape {moment.shape}"
             return (
                 f"The gradients have no leaf at {name_of(path)}, where the optimizer "
-                f"state has {shape}."
+                f"state has {shape}{_instead_of(path, given, expected)}."
             )
     for path in given:
         if not any(is_inside(state_path, path) for state_path in expected):
@@ -421,6 +524,21 @@ def _structure_message(updates, m):
         "The gradients and the optimizer state have the same leaves in different "
         f"containers: {jax.tree.structure(updates)} against {jax.tree.structure(m)}."
     )
+
+
+def _instead_of(path, given, expected):
+    """What gradients have that have no leaf at a path: the same leaf elsewhere."""
+    others = [other for other in given if other not in expected]
+    deeper = [other for other in others if other[len(other) - len(path) :] == path]
+    higher = [other for other in others if path[len(path) - len(other) :] == other]
+    for found, hint in (
+        (deeper, ". Are the gradients wrapped once too often?"),
+        (higher, ". Were the parameters wrapped once more at init?"),
+        (others, ""),
+    ):
+        if found:
+            return f", but have one at {name_of(found[0])}{hint}"
+    return ""
 
 
 def _is_none(leaf):

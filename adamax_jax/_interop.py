@@ -12,7 +12,7 @@ import optax
 from adamax_jax._adamax import ScaleByAdamaxState
 from adamax_jax._formats import default_dtype
 from adamax_jax._shared_axes import reshare
-from adamax_jax._state import map_states, read_moments, stored_as
+from adamax_jax._state import copied, map_states, read_moments, stored_as
 from adamax_jax._trees import is_trained, name_of
 
 
@@ -33,6 +33,7 @@ def from_optax(state: optax.OptState) -> optax.OptState:
       The state, in the same containers, which are those of :func:`adamax` and
       :func:`adamaxw`, but for ``optax.adamaxw`` with a mask or a scheduled decay: for
       these, :func:`insert_state` puts the :class:`ScaleByAdamaxState` into a new state.
+      It shares no memory with the given one.
 
     Raises:
       ValueError: If there is no ``optax.ScaleByAdamState`` in the state.
@@ -46,7 +47,7 @@ def from_optax(state: optax.OptState) -> optax.OptState:
       >>> state[0].count, state[0].u
       (Array(1, dtype=int32), Array([2. , 0.5], dtype=float32))
     """
-    return map_states(_from_scale_by_adam, state, optax.ScaleByAdamState)
+    return copied(map_states(_from_scale_by_adam, state, optax.ScaleByAdamState))
 
 
 def to_optax(state: optax.OptState) -> optax.OptState:
@@ -61,8 +62,9 @@ def to_optax(state: optax.OptState) -> optax.OptState:
         what else is in it stays as it is.
 
     Returns:
-      The state, in the same containers. ``from_optax`` brings back the numbers, and to
-      the bit where m and u were stored in 32 bits or more.
+      The state, in the same containers; it shares no memory with the given one.
+      ``from_optax`` brings back the numbers, and to the bit where m and u were stored
+      in 32 bits or more.
 
     Raises:
       ValueError: If there is no :class:`ScaleByAdamaxState` in the state.
@@ -75,7 +77,7 @@ def to_optax(state: optax.OptState) -> optax.OptState:
       ScaleByAdamState(count=Array(0, dtype=int32),
           mu=Array([0., 0.], dtype=float32), nu=Array([0., 0.], dtype=float32))
     """
-    return map_states(_to_scale_by_adam, state, ScaleByAdamaxState)
+    return copied(map_states(_to_scale_by_adam, state, ScaleByAdamaxState))
 
 
 def from_torch(
@@ -131,11 +133,7 @@ def from_torch(
       >>> state[0].count, state[0].m["kernel"].shape
       (Array(7, dtype=int32), (2, 3))
     """
-    if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
-        raise TypeError(
-            "state_dict must be what the optimizer's state_dict() returned, got "
-            f"{type(state_dict).__name__}."
-        )
+    _check_state_dict(state_dict)
     names = _checked_names(names, state_dict["param_groups"])
     indices = [i for group in state_dict["param_groups"] for i in group["params"]]
     states = {
@@ -197,6 +195,21 @@ def _to_scale_by_adam(state):
     m, u = read_moments(state)
     nu = jax.tree.map(lambda m, u: reshare(u, m.shape), m, u)
     return optax.ScaleByAdamState(count=state.count, mu=m, nu=nu)
+
+
+def _check_state_dict(state_dict):
+    """Raises TypeError for what is not an optimizer's state_dict()."""
+    must_be = "state_dict must be what the optimizer's state_dict() returned, "
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{must_be}got {type(state_dict).__name__}.")
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        keys = [repr(key) for key in state_dict]
+        raise TypeError(
+            f"{must_be}with the keys 'state' and 'param_groups': this has no "
+            f"{' and no '.join(map(repr, missing))}, but "
+            f"{', '.join(keys[:3] + ['...'] * (len(keys) > 3)) or 'nothing'}."
+        )
 
 
 def _checked_names(names, groups):

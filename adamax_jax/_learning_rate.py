@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from adamax_jax._checks import (
-    check_finite,
+    check_chained,
+    check_factor,
     check_mask,
     check_scalar,
     check_shapes,
@@ -26,8 +27,14 @@ def descend(
     *others: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that goes down a direction, to which others may have added."""
-    scale = _scale("learning_rate", learning_rate, sign=-1)
-    return optax.chain(direction, *others, scale)
+    parts = direction, *others, _scale("learning_rate", learning_rate, sign=-1)
+    chain = optax.chain(*parts)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        check_chained(state, len(parts))
+        return chain.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update_fn)
 
 
 def decayed_weights(
@@ -96,7 +103,7 @@ def _scale(name, factor, sign):
     """
     if callable(factor):
         return _scale_by_schedule(lambda count: check_scalar(name, factor(count)), sign)
-    factor = check_finite(name, factor)
+    factor = check_factor(name, factor)
     return optax.stateless(
         lambda updates, params: jax.tree.map(
             lambda g: _scaled(g, factor, sign), updates

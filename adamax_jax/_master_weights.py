@@ -7,9 +7,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from adamax_jax._checks import check_array, check_dtype, check_state, is_array
+from adamax_jax._checks import (
+    check_array,
+    check_dtype,
+    check_optimizer,
+    check_state,
+    is_array,
+)
 from adamax_jax._halves import is_half, join, split, step, threshold_of
-from adamax_jax._state import map_states, place, some_states
+from adamax_jax._state import copied, map_states, place, some_states
 from adamax_jax._trees import leaves_beside, name_of, path_finder
 
 
@@ -129,6 +135,7 @@ def master_weights(
     residual_dtype = check_dtype(
         "residual_dtype", residual_dtype, ("int16", "int8"), optional=False
     )
+    check_optimizer(optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init_fn(params):
@@ -196,11 +203,13 @@ def full_params(params: optax.Params, state: optax.OptState) -> optax.Params:
       state: Their :class:`MasterWeightsState`, or an optimizer's state with some in it.
 
     Returns:
-      The parameters, in float32 where they have a residual, else as they are.
+      The parameters, in float32 where they have a residual, else as they are; they
+      share no memory with the arguments.
 
     Raises:
-      ValueError: If there is no :class:`MasterWeightsState` in the state, the shapes of
-        parameters and residuals differ, or a residual has no parameter.
+      ValueError: If there is no :class:`MasterWeightsState` in the state, two of them
+        have a residual at one path, the shapes of parameters and residuals differ, or a
+        residual has no parameter.
       TypeError: If a parameter with a residual has other than half precision.
 
     Examples:
@@ -214,7 +223,7 @@ def full_params(params: optax.Params, state: optax.OptState) -> optax.Params:
 
     full = jax.tree_util.tree_map_with_path(joined, params)
     residuals.check_all_were_used()
-    return full
+    return copied(full)
 
 
 def set_full_params(
@@ -281,18 +290,27 @@ def set_full_params(
         )
         return node._replace(residual=residual)
 
-    return params, map_states(replaced, state, MasterWeightsState)
+    return params, copied(map_states(replaced, state, MasterWeightsState))
 
 
 class _Residuals:
     """The residuals in a state, by the paths of their parameters."""
 
     def __init__(self, state):
-        self._unused = {
-            path: leaf
-            for _, part in some_states(state, MasterWeightsState)
-            for path, leaf in jax.tree.leaves_with_path(part.residual)
-        }
+        self._unused, owners = {}, {}
+        for owner, part in some_states(state, MasterWeightsState):
+            find = path_finder(owners)
+            leaves = jax.tree.leaves_with_path(part.residual)
+            for path, leaf in leaves:
+                if (other := find(path)) is not None:
+                    raise ValueError(
+                        f"The state has two residuals at {name_of(path)}, in the "
+                        f"MasterWeightsState at {name_of(owners[other])} and at "
+                        f"{name_of(owner)}: give the state of one model with its "
+                        "parameters, and then that of the other."
+                    )
+                self._unused[path] = leaf
+            owners |= {path: owner for path, _ in leaves}
         self._find = path_finder(self._unused)
 
     def of(self, path, p):

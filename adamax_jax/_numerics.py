@@ -85,8 +85,11 @@ divide.defjvps(
 
 
 def dtype_of(x: Any) -> Any:
-    """The dtype of a leaf; jnp.result_type takes as long as a computation."""
-    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    """The dtype of a leaf, or the one that JAX makes of it: of NumPy's float64, say.
+
+    jnp.result_type takes as long as a computation.
+    """
+    return x.dtype if isinstance(x, jax.Array) else jnp.result_type(x)
 
 
 def arithmetic_dtype(*dtypes: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from adamax_jax._checks import check_optimizer
 from adamax_jax._shared_axes import Shape, is_shared, spec_of_shared
 from adamax_jax._trees import ends_of, name_of
 
@@ -96,6 +97,7 @@ def zero_shardings(
       Rajbhandari et al., `ZeRO: Memory Optimizations Toward Training Trillion Parameter
       Models <https://arxiv.org/abs/1910.02054>`_, 2020.
     """
+    check_optimizer(optimizer)
     if axis not in mesh.axis_names:
         raise ValueError(
             f"axis must be the name of one of the mesh's axes {mesh.axis_names}, got "

@@ -2,16 +2,24 @@
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from adamax_jax._adamax import ScaleByAdamaxState
-from adamax_jax._checks import check_complex, check_dtype, check_formats
+from adamax_jax._checks import (
+    check_choice,
+    check_complex,
+    check_dtype,
+    check_formats,
+    check_is_available,
+    check_numbers,
+)
 from adamax_jax._formats import MEANS, NORMS, formats
 from adamax_jax._lp_adam import ScaleByLpAdamState
 from adamax_jax._numerics import (
@@ -33,7 +41,8 @@ def moments(state: optax.OptState) -> tuple[Any, Any]:
 
     Returns:
       The trees m and u, in float32 (float64 and complex where they are stored so),
-      shaped as the parameters; u has size 1 along axes that share it.
+      shaped as the parameters; u has size 1 along axes that share it. They share no
+      memory with the state.
 
     Raises:
       ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in the state,
@@ -49,7 +58,7 @@ def moments(state: optax.OptState) -> tuple[Any, Any]:
       >>> [round(float(x), 3) for x in m], [round(float(x), 3) for x in u]
       ([0.2, -0.05], [1.998, 0.5])
     """
-    return read_moments(only_state(state))
+    return copied(read_moments(only_state(state)))
 
 
 def convert_state(
@@ -70,7 +79,7 @@ def convert_state(
       u_dtype: What to store u in; None: as it is.
 
     Returns:
-      The state, in the same containers.
+      The state, in the same containers; it shares no memory with the given one.
 
     Raises:
       TypeError, ValueError: If a dtype is not one that :func:`scale_by_adamax` takes,
@@ -91,10 +100,17 @@ def convert_state(
     """
     m_dtype = check_dtype("m_dtype", m_dtype, MEANS)
     u_dtype = check_dtype("u_dtype", u_dtype, NORMS)
-    return map_states(lambda s: _convert(s, m_dtype, u_dtype), state)
+    check_is_available("m_dtype", m_dtype)
+    check_is_available("u_dtype", u_dtype)
+    return copied(map_states(lambda s: _convert(s, m_dtype, u_dtype), state))
 
 
-def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.OptState:
+def insert_state(
+    state: optax.OptState,
+    adamax_state: optax.OptState,
+    *,
+    missing: Literal["raise", "keep"] = "raise",
+) -> optax.OptState:
     """An optimizer's new state, to go on from where another AdaMax was.
 
     Of the :class:`ScaleByAdamaxState` in it, count, m and u become those given, stored
@@ -106,6 +122,11 @@ def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.O
     maximum along them, which is what it would have been. Along axes that only the old
     one shared it is repeated.
 
+    With ``missing="keep"`` what the given state has not stays as it is in ``state``:
+    zeros for new layers, or what another call put there. Only its first steps differ
+    from those of a new optimizer: at a large count the mean is not corrected for its
+    start from 0, and they are a tenth as long as usual (at ``b1=0.9``) and grow.
+
     (``optax.tree.set`` would leave m and u as they are inside
     ``optax.inject_hyperparams``, silently.)
 
@@ -115,13 +136,17 @@ def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.O
       adamax_state: What to go on from: a :class:`ScaleByAdamaxState`, or an optimizer's
         state with one in it. It may have parts that the optimizer leaves out
         (``optax.masked``, ``optax.partition``).
+      missing: What to do where it has no m and u for a parameter: "raise" a ValueError,
+        or "keep" those in ``state``. Where the two have another ``u_scale``, those kept
+        are rounded once more.
 
     Returns:
-      The state; it shares no memory with ``adamax_state``.
+      The state; it shares no memory with either argument.
 
     Raises:
       ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in one of the
-        two, or they differ in the paths or shapes of m or u.
+        two, they differ in the paths or shapes of m or u, or ``missing`` is another
+        string.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -133,13 +158,16 @@ def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.O
       >>> state[0].count, state[1].count
       (Array(7, dtype=int32), Array(7, dtype=int32))
     """
+    check_choice("missing", missing, ("raise", "keep"))
     target = only_state(state)
     given = only_state(adamax_state, "adamax_state")
     count = unwrapped(given.count)
+    u_scale = _known_scale(given)
+    m = _leaves_like(target.m, given.m, operator.eq, missing)
+    u = _leaves_like(target.u, given.u, can_reshare, missing)
     m, u, u_scale = _rewrite(
-        m=_leaves_like(target.m, given.m, fits=operator.eq),
-        u=_leaves_like(target.u, given.u, fits=can_reshare),
-        u_scale=unwrapped(given.u_scale),
+        *_kept(m, u, u_scale, target),
+        u_scale=u_scale,
         m_dtypes=[leaf.dtype for leaf in jax.tree.leaves(target.m)],
         like_u=jax.tree.leaves(target.u),
     )
@@ -149,7 +177,7 @@ def insert_state(state: optax.OptState, adamax_state: optax.OptState) -> optax.O
         u=_placed(u, target.u),
         u_scale=_placed([u_scale], target.u_scale),
     )
-    return _set_counts(map_states(lambda _: inserted, state), count)
+    return copied(_set_counts(map_states(lambda _: inserted, state), count))
 
 
 def find_states(
@@ -171,6 +199,7 @@ def some_states(
     if kind is ScaleByAdamaxState:
         for _, adamax_state in found:
             check_formats(adamax_state)
+            check_numbers(adamax_state)
     return found
 
 
@@ -239,9 +268,18 @@ def stored_as(
     return mean.write(m, read_u, 0.5), stored_u
 
 
+def _known_scale(state):
+    """u_scale, or 1 in its place where ``jax.tree.map(jnp.zeros_like, state)`` left 0.
+
+    As an update takes it.
+    """
+    u_scale = jnp.asarray(unwrapped(state.u_scale))
+    return jnp.where(u_scale == 0, jnp.ones_like(u_scale), u_scale)
+
+
 def scale_of(state: ScaleByAdamaxState) -> jax.Array:
     """The scalar u_scale of a state."""
-    u_scale = unwrapped(state.u_scale)
+    u_scale = _known_scale(state)
     if u_scale.ndim > 0:
         raise ValueError(
             f"The state is that of an ensemble: u_scale has shape {u_scale.shape}. "
@@ -318,15 +356,40 @@ def _rewrite(m, u, u_scale, m_dtypes, like_u):
     return [m for m, _ in rewritten], [u for _, u in rewritten], new_scale
 
 
-def _leaves_like(target, given, fits):
-    """The given leaves in the order of the target's, found by their paths."""
+def _kept(m, u, u_scale, target):
+    """The leaves, with the target's for None, stored beside another ``u_scale``."""
+    kept_m, kept_u = [], []
+    for leaf_m, leaf_u, own_m, own_u in zip(
+        m, u, jax.tree.leaves(target.m), jax.tree.leaves(target.u), strict=True
+    ):
+        if leaf_m is None or leaf_u is None:
+            read_m, read_u = read(own_m, own_u, _known_scale(target))
+            leaf_m, leaf_u = stored_as(
+                read_m, read_u, own_m.dtype, own_u.dtype, u_scale
+            )
+        kept_m.append(leaf_m)
+        kept_u.append(leaf_u)
+    return kept_m, kept_u
+
+
+def _leaves_like(target, given, fits, missing):
+    """The given leaves in the order of the target's, found by their paths.
+
+    None where there is none, and ``missing`` allows it.
+    """
     leaves = dict(jax.tree.leaves_with_path(given))
     find = path_finder(leaves)
     found = []
     for path, place in jax.tree.leaves_with_path(target):
         key = find(path)
         if key not in leaves:
-            raise ValueError(f"The state to insert has no leaf at {name_of(path)}.")
+            if missing == "keep":
+                found.append(None)
+                continue
+            raise ValueError(
+                f"The state to insert has no leaf at {name_of(path)}. With "
+                "missing='keep' what the optimizer's state has there stays."
+            )
         leaf = leaves.pop(key)
         if not fits(leaf.shape, place.shape):
             raise ValueError(
@@ -356,6 +419,13 @@ def _placed(leaves, like):
     """A tree of copies that lie where the leaves of another lie."""
     old, treedef = jax.tree.flatten(like)
     return jax.tree.unflatten(treedef, map(place, leaves, old))
+
+
+def copied(tree: Any) -> Any:
+    """A tree of copies, where the arrays lie: either may be donated to ``jax.jit``."""
+    return jax.tree.map(
+        lambda x: x.copy() if isinstance(x, jax.Array | np.ndarray) else x, tree
+    )
 
 
 def place(new: Any, old: Any) -> jax.Array:

@@ -56,7 +56,7 @@ def dtypes_beside(params: Any, m: Any) -> list[Any]:
     except ValueError:
         beside = [None] * len(places)
     return [
-        getattr(p, "dtype", None)
+        dtype_of(p) if hasattr(p, "dtype") else None
         for place, p in zip(places, beside, strict=True)
         if place is not None
     ]

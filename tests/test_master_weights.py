@@ -646,6 +646,43 @@ class TestUse:
                 forgotten, jax.tree.map(lambda p: p.astype(jnp.float32), params)
             )
 
+    def test_two_models_with_the_same_paths_are_refused(self):
+        """Whose residual it would be nobody knows: of a generator, a discriminator."""
+        states = {}
+        for name, value in (("generator", 1.001), ("discriminator", 0.999)):
+            full = {"w": jnp.full(3, value)}
+            params = {"w": jnp.ones(3, jnp.bfloat16)}
+            state = master_weights(adamax()).init(params)
+            params, states[name] = set_full_params(params, state, full)
+        message = (
+            r"two residuals at \['w'\], in the MasterWeightsState at "
+            r"\['discriminator'\] and at \['generator'\]"
+        )
+        with pytest.raises(ValueError, match=message):
+            full_params(params, states)
+        with pytest.raises(ValueError, match=message):
+            set_full_params(params, states, full)
+        # Also if the arrays of one are in containers of their own.
+        boxed = states["generator"]._replace(
+            residual={"w": [states["generator"].residual["w"]]}
+        )
+        with pytest.raises(ValueError, match=r"two residuals at \['w'\]"):
+            full_params(params, (boxed, states["discriminator"]))
+        for name, value in (("generator", 1.001), ("discriminator", 0.999)):
+            np.testing.assert_allclose(
+                full_params(params, states[name])["w"], value, rtol=1e-6
+            )
+
+    def test_two_optimizers_of_one_model_have_residuals_at_different_paths(self):
+        params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(3, jnp.bfloat16)}
+        full = {"a": jnp.full(2, 1.001), "b": jnp.full(3, 0.999)}
+        optimizer = optax.partition(
+            {"a": master_weights(adamax()), "b": master_weights(optax.sgd(0.1))},
+            {"a": "a", "b": "b"},
+        )
+        both = set_full_params(params, optimizer.init(params), full)
+        chex.assert_trees_all_equal(full_params(*both), full)
+
     @EVERY_HALF
     @EVERY_RESIDUAL
     def test_a_parameter_that_others_change(self, dtype, residual_dtype):
