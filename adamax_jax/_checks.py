@@ -162,30 +162,6 @@ def _check_scale(state):
         )
 
 
-def check_numbers(state: Any) -> None:
-    """Raises ValueError if m must be codes of int8 that a loader cast to floats.
-
-    That is, if it is many whole numbers up to 128 in size, and some of them large. Of
-    traced numbers nothing is known.
-    """
-    size, largest = 0, 0
-    for leaf in jax.tree.leaves(state.m):
-        is_known = not isinstance(leaf, Tracer) and getattr(
-            leaf, "is_fully_addressable", True
-        )
-        if not is_known or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return
-        if not jnp.all((jnp.abs(leaf) <= 128) & (jnp.round(leaf) == leaf)):
-            return
-        size += int(jnp.count_nonzero(leaf))
-        largest = max(largest, int(jnp.max(jnp.abs(leaf), initial=0)))
-    if size >= 64 and largest >= 32:
-        raise ValueError(
-            f"The state's m is {size} whole numbers of at most {largest}: codes of "
-            f"int8 that were cast. {_NO_CASTS}"
-        )
-
-
 def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
     """Refuses one byte for m, stored as its ratio to u, where that is not bounded."""
     if m_dtype is None or not MEANS[m_dtype.name].is_ratio:

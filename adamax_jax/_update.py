@@ -82,7 +82,7 @@ def update_leaf(g, stored_m, stored_u, c, rule, step_dtype):
       step_dtype: A dtype.
     """
     mean, norm = formats(stored_m.dtype, stored_u.dtype)
-    dtype = arithmetic_dtype(g.dtype, stored_m.dtype, stored_u.dtype)
+    dtype = arithmetic_dtype(dtype_of(g), stored_m.dtype, stored_u.dtype)
     g, c, u = cast((g, c, norm.read(stored_u, c.u_scale)), dtype)
     m = cast(mean.read(stored_m, u, norm), dtype)
 

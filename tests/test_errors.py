@@ -19,10 +19,12 @@ from adamax_jax import (
     insert_state,
     lp_adam,
     lp_adamw,
+    master_weights,
     moments,
     scale_by_adamax,
     scale_by_lp_adam,
     to_optax,
+    zero_shardings,
 )
 
 FACTORIES = [scale_by_adamax, adamax, adamaxw]
@@ -54,6 +56,19 @@ def test_factors(name):
         adamaxw(**{name: "0.1"})
     with pytest.raises(ValueError, match=rf"{name} must be a scalar.*\(2,\)"):
         adamaxw(**{name: jnp.ones(2)})
+
+
+@pytest.mark.parametrize("factory", [adamax, adamaxw, lp_adam])
+def test_parameters_in_the_place_of_a_learning_rate(factory):
+    """They are not printed."""
+    params = {"a": jnp.arange(1000.0), "b": {"c": jnp.ones(3)}}
+    arguments = (params, 2.0) if factory is lp_adam else (params, 1e-3)
+    with pytest.raises(TypeError) as error:
+        factory(*arguments)
+    assert str(error.value) == (
+        "learning_rate must be a number, a scalar array or a schedule, got a dict of 2 "
+        "leaves. If these are the parameters: init and update take them."
+    )
 
 
 def test_schedules_of_decay_rates_need_inject_hyperparams():
@@ -581,3 +596,128 @@ def test_schedules_that_return_no_real_number(value):
     optimizer = adamax(lambda count: value)
     with pytest.raises(TypeError, match="learning_rate must be a real number, but its"):
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
+
+
+DENSE = {
+    "dense": {"bias": jnp.ones(2), "kernel": jnp.ones([2, 3])},
+    "scale": jnp.ones(1),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("factory", [scale_by_adamax, adamax, adamaxw])
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (
+            lambda g: {"params": g},
+            r"no leaf at \['dense'\]\['bias'\], .* of shape \(2,\), but have one at "
+            r"\['params'\]\['dense'\]\['bias'\]\. Are .* wrapped once too often\?",
+        ),
+        (
+            lambda g: (jnp.float32(0), g),
+            r"but have one at \[1\]\['dense'\]\['bias'\]\. Are .* wrapped once too",
+        ),
+        (
+            lambda g: g["dense"],
+            r"but have one at \['bias'\]\. Were the parameters wrapped once more",
+        ),
+        (
+            lambda g: {"dense": {"bias": 1.0, "w": g["dense"]["kernel"]}, "scale": 1.0},
+            r"no leaf at \['dense'\]\['kernel'\], .*, but have one at "
+            r"\['dense'\]\['w'\]\.(\n|$)",
+        ),
+        (lambda g: {"dense": g["dense"]}, r"\['scale'\], .* shape \(1,\)\.(\n|$)"),
+    ],
+)
+def test_gradients_of_another_structure_say_what_they_have(wrap, message, factory, jit):
+    optimizer = factory()
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    params = wrap(DENSE) if factory is adamaxw else None
+    with pytest.raises(ValueError, match=message):
+        update(wrap(DENSE), optimizer.init(DENSE), params)
+
+
+@pytest.mark.parametrize("factory", [adamax, adamaxw, lambda: lp_adam(0.1, 3.0)])
+def test_arguments_of_update_in_another_order(factory):
+    """The users of adamax wrote no chain, whose errors would say nothing to them."""
+    optimizer = factory()
+    state = optimizer.init(DENSE)
+    for arguments in [
+        (DENSE, DENSE),
+        (DENSE, DENSE, state),
+        (state, DENSE),
+        (DENSE, state[0]),
+        (DENSE, None),
+        (DENSE, (*state, optax.EmptyState())),
+    ]:
+        with pytest.raises(TypeError, match=r"update takes the gradients, the state "):
+            optimizer.update(*arguments)
+    with pytest.raises(TypeError, match=r"got a dict of 3 leaves\."):
+        optimizer.update(DENSE, DENSE)
+
+
+@pytest.mark.parametrize("value", [1e-3, adamax, {"a": jnp.ones(3)}, None])
+def test_what_is_no_optimizer(value):
+    mesh = jax.make_mesh((1,), ("data",))
+    for function in (master_weights, lambda x: zero_shardings(x, DENSE, mesh, "data")):
+        with pytest.raises(
+            TypeError, match=r"optimizer must be .*, such as adamax\(1e-"
+        ):
+            function(value)
+    with pytest.raises(
+        TypeError, match=r"got <function adamax .*>\. Call adamax first"
+    ):
+        master_weights(adamax)
+
+
+@pytest.mark.parametrize("name", ["m_dtype", "u_dtype"])
+def test_float64_without_x64(name):
+    message = f"{name} is float64, of which JAX makes float32, unless jax_enable_x64"
+    with pytest.raises(ValueError, match=message):
+        convert_state(adamax().init(jnp.ones(2)), **{name: "float64"})
+    with pytest.raises(ValueError, match=message):
+        adamax(**{name: "float64"}).init(jnp.ones(2))
+
+
+class TestStatesThatWereCast:
+    """As Orbax does it, given a template in other dtypes, without a word."""
+
+    g = jnp.asarray(np.random.default_rng(0).normal(size=[2, 200]), jnp.float32)
+
+    def cast(self, saved, template):
+        state = adamax(**saved).init(self.g[0])
+        for g in self.g:
+            _, state = adamax(**saved).update(g, state)
+        like = adamax(**template).init(self.g[0])
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), state, like)
+
+    @pytest.mark.parametrize("saved", ["bfloat16", "two bytes"])
+    def test_to_floats_of_32_bits(self, saved):
+        """u is stored divided by u_scale there, and not here."""
+        state = self.cast(STORAGES[saved], {})
+        message = r"u_scale is 1\.99.*, but no u is stored below 32 bits"
+        for params in (None, self.g[0]):
+            with pytest.raises(ValueError, match=message):
+                adamax().update(self.g[0], state, params)
+        for function in (moments, diagnose, to_optax, convert_state):
+            with pytest.raises(ValueError, match=message):
+                function(state)
+        with pytest.raises(ValueError, match=message):
+            insert_state(adamax().init(self.g[0]), state)
+
+    def test_what_stays_what_it_is_is_not_refused(self):
+        """Nor new states, and those that were set to 0."""
+        for optimizer, g in [
+            (adamax(), self.g[0]),
+            (adamax(**STORAGES["bfloat16"]), self.g[0]),
+            (adamax(**STORAGES["two bytes"]), self.g[0]),
+        ]:
+            state = optimizer.init(g)
+            moments(state)
+            _, state = optimizer.update(g, state)
+            moments(state)
+            zeros = jax.tree.map(jnp.zeros_like, state)
+            moments(zeros)
+            update, _ = optimizer.update(g, zeros)
+            assert np.all(np.isfinite(update))

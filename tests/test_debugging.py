@@ -1,0 +1,122 @@
+"""Nothing is reported where nothing is wrong: by JAX's debugging modes, or warnings."""
+
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sequences import STORAGES
+
+from adamax_jax import (
+    adamax,
+    adamaxw,
+    convert_state,
+    diagnose,
+    from_optax,
+    full_params,
+    insert_state,
+    lp_adam,
+    master_weights,
+    moments,
+    set_full_params,
+    to_optax,
+)
+
+PARAMS = {
+    "matrix": jnp.ones([3, 4]),
+    "half": jnp.ones([2, 3], jnp.bfloat16),
+    "float16": jnp.ones(3, jnp.float16),
+    "empty": jnp.zeros([0, 3]),
+}
+OPTIONS = [
+    {},
+    {"nesterov": True},
+    {"max_growth": 1.1},
+    {"shared_axes": -1},
+    {"eps": 0.0},
+    {"eps_inside": False},
+]
+OPTIMIZERS = {
+    f"{storage} {options}": adamax(1e-3, **STORAGES[storage], **options)
+    for storage, options in itertools.product(STORAGES, OPTIONS)
+}
+OPTIMIZERS |= {f"L^{p}": lp_adam(1e-3, p) for p in (1.0, 2.0, 3.5, jnp.inf)}
+OPTIMIZERS |= {"L^p, traced": lp_adam(1e-3, jnp.float32(3))}
+OPTIMIZERS |= {
+    f"{storage} {residual}": master_weights(adamax(1e-3, **STORAGES[storage]), residual)
+    for storage, residual in itertools.product(STORAGES, ("int8", "int16"))
+}
+
+
+@pytest.fixture(autouse=True)
+def optax_mixes_dtypes():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(params=["jit", "disable_jit"], autouse=True)
+def debug_nans(request):
+    with jax.debug_nans(True):
+        if request.param == "jit":
+            with jax.debug_infs(True):
+                yield
+        else:
+            # JAX's own maxima begin at an infinity, which debug_infs would report.
+            with jax.disable_jit():
+                yield
+
+
+def steps(optimizer, params=PARAMS, count=3):
+    state = optimizer.init(params)
+    for _ in range(count):
+        _, state = optimizer.update(params, state, params)
+    return state
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates(name):
+    steps(OPTIMIZERS[name])
+
+
+def test_complex_updates():
+    steps(adamax(1e-3), {"a": jnp.ones(2, jnp.complex64)})
+    steps(lp_adam(1e-3, 3.0), {"a": jnp.ones(2, jnp.complex64)})
+
+
+@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+def test_tools(storage):
+    state = steps(adamax(1e-3, **storage))
+    moments(state)
+    str(diagnose(state))
+    from_optax(to_optax(state))
+    insert_state(adamax(m_dtype="int8", shared_axes=-1).init(PARAMS), state)
+    for m_dtype, u_dtype in itertools.product(
+        [None, "float32", "bfloat16", "int8"], [None, "float32", "bfloat16", "uint8"]
+    ):
+        convert_state(state, m_dtype=m_dtype, u_dtype=u_dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("residual_dtype", ["int16", "int8"])
+def test_weights_in_full(dtype, residual_dtype):
+    params = {"w": jnp.ones(3, dtype)}
+    state = steps(master_weights(adamax(1e-3), residual_dtype), params)
+    full_params(params, state)
+    set_full_params(params, state, {"w": jnp.full(3, 0.1)})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_float64_of_numpy_makes_no_warnings(name):
+    """JAX takes it for float32, and so do we."""
+    params = {"matrix": np.ones([3, 4]), "bias": np.zeros(3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = OPTIMIZERS[name]
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        assert updates["matrix"].dtype == jnp.float32
+        decayed = adamaxw(1e-3)
+        decayed.update(params, decayed.init(params), params)
+        optax.apply_updates(params, updates)

@@ -1,0 +1,256 @@
+"""States that are saved, stored otherwise, cut and put together, as a page shows it."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sequences import STORAGES
+from test_readme import page, run, section
+
+from adamax_jax import (
+    adamax,
+    convert_state,
+    diagnose,
+    full_params,
+    insert_state,
+    master_weights,
+    moments,
+)
+
+PAGE = page("checkpoints")
+OPTIMIZER = 'adamax(1e-2, m_dtype="int8", u_dtype="uint8")'
+EVERY_STORAGE = pytest.mark.parametrize(
+    "storage",
+    [*STORAGES.values(), {"m_dtype": "int8", "shared_axes": -1}],
+    ids=[*STORAGES, "shared"],
+)
+# u without drift, m rounded up or down once more.
+TOLERANCE = {"rtol": 0.13, "atol": 0.02}
+
+
+def blocks(heading):
+    return re.findall(
+        r"^```python\n(.*?)^```", section(PAGE, heading), re.DOTALL | re.MULTILINE
+    )
+
+
+def after(heading, storage):
+    """The names that a section leaves behind, and the state before it."""
+    (setup,) = blocks("Models that change")
+    (recipe,) = blocks(heading)
+    setup = setup.replace(OPTIMIZER, "adamax(1e-2, **storage)")
+    # Gradients that differ in size, by their columns.
+    setup = setup.replace("update(params", "update(gradients")
+    recipe = recipe.replace("update(params", "update(gradients")
+    assert "**storage" in setup and "update(gradients" in setup
+    gradients = {
+        name: jnp.broadcast_to(10.0 ** -jnp.arange(1.0 * width), [height, width])
+        for name, height, width in [
+            ("embedding", 100, 8),
+            ("backbone", 8, 8),
+            ("head", 8, 10),
+        ]
+    }
+    names = {"storage": storage, "gradients": gradients}
+    before = run(setup, **names)["state"]
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        return run(setup + recipe, **names), before
+
+
+def same(actual, expected, names):
+    for name in names:
+        chex.assert_trees_all_equal(
+            *(
+                {k: x[name] for k, x in zip("mu", moments(s), strict=True)}
+                for s in (actual, expected)
+            )
+        )
+
+
+def is_new(state, name, shape):
+    m, u = moments(state)
+    assert m[name].shape == shape
+    assert not np.any(m[name]) and not np.any(u[name])
+
+
+def next_updates(optimizer, state, params):
+    """Finite, and as long as a step may be."""
+    updates, state = optimizer.update(params, state, params)
+    for update in jax.tree.leaves(updates):
+        assert np.all(np.isfinite(update)) and np.max(np.abs(update)) < 1.2e-2
+    return updates, state
+
+
+@EVERY_STORAGE
+def test_a_layer_is_added(storage):
+    names, before = after("A layer is added", storage)
+    same(names["state"], before, ["embedding", "backbone", "head"])
+    is_new(names["state"], "layer", (8, 8))
+    updates, _ = next_updates(names["optimizer"], names["state"], names["deeper"])
+    # m_1 / u_1 is 1 - b1, at a count of 4 corrected by 1 - 0.9^4.
+    np.testing.assert_allclose(updates["layer"], -1e-3 / (1 - 0.9**4), rtol=0.15)
+    # And what is not new takes its own next step.
+    own, _ = names["optimizer"].update(names["gradients"], before)
+    both, _ = names["optimizer"].update(
+        names["gradients"] | {"layer": jnp.ones([8, 8])}, names["state"]
+    )
+    chex.assert_trees_all_equal({name: both[name] for name in own}, own)
+
+
+@EVERY_STORAGE
+def test_frozen_parameters_begin_to_train(storage):
+    names, before = after("Frozen parameters begin to train", storage)
+    same(names["state"], before, ["head"])
+    is_new(names["state"], "backbone", (8, 8))
+    assert int(names["state"][0].count) == 3
+    next_updates(names["optimizer"], names["state"], names["params"])
+
+
+@EVERY_STORAGE
+def test_a_vocabulary_grows(storage):
+    names, before = after("A vocabulary grows", storage)
+    same(names["state"], before, ["backbone", "head"])
+    for new, old in zip(moments(names["state"]), moments(before), strict=True):
+        assert np.array_equal(new["embedding"][:100], old["embedding"])
+        assert new["embedding"].shape[0] == 120 and not np.any(new["embedding"][100:])
+    next_updates(names["optimizer"], names["state"], names["larger"])
+
+
+@EVERY_STORAGE
+def test_a_head_is_replaced(storage):
+    names, before = after("A head is replaced", storage)
+    same(names["state"], before, ["embedding", "backbone"])
+    is_new(names["state"], "head", (8, 5))
+    next_updates(names["optimizer"], names["state"], names["replaced"])
+
+
+@EVERY_STORAGE
+def test_one_optimizer_becomes_several_and_one_again(storage):
+    names, before = after("One optimizer becomes several, and one again", storage)
+    same(names["joined"], before, ["head"])
+    m, u = moments(before)
+    slow_m, slow_u = moments(names["split"].inner_states["slow"])
+    # Brought into float32, which rounds nothing.
+    chex.assert_trees_all_equal(slow_m["backbone"], m["backbone"])
+    np.testing.assert_array_equal(
+        slow_u["backbone"], np.broadcast_to(u["backbone"], [8, 8])
+    )
+    joined_m, joined_u = moments(names["joined"])
+    np.testing.assert_allclose(joined_m["backbone"], m["backbone"], rtol=1e-6)
+    np.testing.assert_allclose(joined_u["backbone"], u["backbone"], rtol=1e-6)
+    next_updates(names["groups"], names["split"], names["params"])
+    next_updates(names["optimizer"], names["joined"], names["params"])
+
+
+@EVERY_STORAGE
+def test_the_states_of_several_workers_become_one(storage):
+    names, _ = after("The states of several workers become one", storage)
+    (m1, u1), (m2, u2) = (moments(state) for state in names["states"])
+    m, u = moments(names["state"])
+    for name in m:
+        np.testing.assert_allclose(m[name], (m1[name] + m2[name]) / 2, **TOLERANCE)
+        expected = np.maximum(u1[name], u2[name])
+        np.testing.assert_allclose(u[name], expected, rtol=0.13)
+
+
+@EVERY_STORAGE
+@pytest.mark.parametrize("jit", [False, True])
+def test_what_is_kept_is_stored_beside_another_scale(storage, jit):
+    """A part of a running state, where the given one is older."""
+    gradients = {"a": jnp.full([2, 4], 3.0), "b": jnp.full([3, 4], 1e-3)}
+
+    def state_of(names, steps):
+        g = {name: gradients[name] for name in names}
+        optimizer = adamax(**storage)
+
+        @jax.jit
+        def train(state, steps):
+            return jax.lax.fori_loop(
+                0, steps, lambda _, state: optimizer.update(g, state)[1], state
+            )
+
+        return train(optimizer.init(g), steps)
+
+    whole, part = state_of("ab", 100), state_of("a", 1000)
+    insert = jax.jit(insert_state, static_argnames="missing") if jit else insert_state
+    result = insert(whole, part, missing="keep")
+    assert int(result[0].count) == 1000
+    same(result, part, "a")
+    for new, old in zip(moments(result), moments(whole), strict=True):
+        np.testing.assert_allclose(new["b"], old["b"], rtol=0.13)
+    # With the same scale, nothing is rounded.
+    chex.assert_trees_all_equal(insert(whole, whole, missing="keep"), whole)
+    again = insert(whole, state_of("a", 100), missing="keep")
+    chex.assert_trees_all_equal(again, whole)
+
+
+def test_what_is_missing_is_an_error_otherwise():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    whole, part = adamax().init(params), adamax().init({"a": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"no leaf at \['b'\]\. With missing='keep' "):
+        insert_state(whole, part)
+    with pytest.raises(ValueError, match=r"missing must be 'raise' or 'keep', got 'd"):
+        insert_state(whole, part, missing="drop")
+    other = adamax().init({"c": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"optimizer's state has no leaf at \['c'\]"):
+        insert_state(whole, other, missing="keep")
+
+
+def test_restoring_into_what_was_saved():
+    convert, master = blocks("Save, restore, store otherwise")
+    names = run(convert)
+    chex.assert_trees_all_equal(
+        names["state"],
+        convert_state(
+            names["saved_by"].update(
+                names["params"], names["saved_by"].init(names["params"])
+            )[1],
+            m_dtype="int8",
+            u_dtype="uint8",
+        ),
+    )
+    before = names["params"]
+    names = run(convert + master)
+    chex.assert_trees_all_equal(full_params(names["params"], names["state"]), before)
+    assert names["state"].residual["kernel"].dtype == jnp.int8
+
+
+def test_tools_of_optax_for_trees():
+    params = {"a": jnp.ones(2), "b": jnp.arange(3), "c": jnp.ones(2, jnp.bfloat16)}
+    for optimizer in (adamax(), master_weights(adamax())):
+        state = optimizer.init(params)
+        specs = {"a": "A", "b": "B", "c": "C"}
+        with pytest.raises(ValueError, match="None"):
+            optax.tree.map_params(optimizer, lambda x, s: s, state, specs)
+        mapped = optax.tree.map_params(
+            optimizer, lambda x, s: s, state, specs, is_leaf=lambda x: x is None
+        )
+        found = optax.tree.get(mapped, "ScaleByAdamaxState")
+        assert found.m == found.u == specs
+    assert mapped.residual == specs
+    assert int(optax.tree.get(state, "ScaleByAdamaxState").count) == 0
+    with pytest.raises(KeyError, match="multiple values for 'count'"):
+        optax.tree.get(state, "count")
+
+
+def test_a_state_of_zeros_counts_as_new():
+    """As jax.tree.map(jnp.zeros_like, state) resets one."""
+    params = {"a": jnp.ones(3)}
+    for storage in STORAGES.values():
+        optimizer = adamax(**storage)
+        _, state = optimizer.update(params, optimizer.init(params))
+        zeros = jax.tree.map(jnp.zeros_like, state)
+        new = optimizer.init(params)
+        assert str(diagnose(zeros)) == str(diagnose(new))
+        (update, after), (expected, after_new) = (
+            optimizer.update(params, state) for state in (zeros, new)
+        )
+        # Beside another u_scale, u is rounded otherwise.
+        chex.assert_trees_all_close(update, expected, rtol=2e-3)
+        chex.assert_trees_all_close(moments(after), moments(after_new), rtol=2e-3)
+        chex.assert_trees_all_equal(convert_state(zeros), new)
+        chex.assert_trees_all_equal(insert_state(new, zeros), new)
