@@ -51,7 +51,8 @@ class ScaleByAdamaxState(NamedTuple):
     Attributes:
       count: The number of updates so far; int32 scalar.
       m: The moving average of the gradients: a tree of the parameters' structure and
-        shapes. In int8 it holds m/u.
+        shapes, None where a parameter has no gradients. In int8 it holds m/u: averages
+        of it over several states are none (``notebooks/checkpoints.md``).
       u: The exponentially weighted infinity norm of the gradients: the same, real
         also where the parameters are complex, and of size 1 along axes that share it.
         Below 32 bits it holds u / u_scale.

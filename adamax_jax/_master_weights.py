@@ -23,9 +23,11 @@ class MasterWeightsState(NamedTuple):
     """State of :func:`master_weights`.
 
     Attributes:
-      count: The number of updates so far; int32 scalar.
+      count: The number of updates so far; int32 scalar. ``inner_state`` has another:
+        ``optax.tree.get(state, "ScaleByAdamaxState").count``.
       residual: What the parameters in half precision lack of float32 ones: integers in
-        a tree of the parameters' structure and shapes, None for all other parameters.
+        a tree of the parameters' structure and shapes, None for all other parameters
+        (give ``optax.tree.map_params`` ``is_leaf=lambda x: x is None``).
       inner_state: The state of the wrapped optimizer, for float32 parameters.
     """
 

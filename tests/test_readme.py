@@ -116,6 +116,14 @@ def test_devices_example():
     assert names["state"][0].m["kernel"].sharding.mesh == names["mesh"]
 
 
+def test_explicit_devices_example():
+    with pytest.warns(UserWarning, match=r"\[0\]\.m\['bias'\]"):
+        names = run(example(page("devices"), "Explicit axes"))
+    # A first step of the learning rate, up to the rounding of u.
+    for p in jax.tree.leaves(names["params"]):
+        assert jnp.all(jnp.abs(p - 0.99) < 0.002)
+
+
 def test_short_devices_example():
     names = run(example(README.read_text(), "Many devices"))
     assert names["state"][0].m["kernel"].sharding == names["shardings"][0].m["kernel"]
