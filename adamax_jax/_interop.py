@@ -210,6 +210,11 @@ def _check_state_dict(state_dict):
             f"{' and no '.join(map(repr, missing))}, but "
             f"{', '.join(keys[:3] + ['...'] * (len(keys) > 3)) or 'nothing'}."
         )
+    for group in state_dict["param_groups"]:
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(
+                f"{must_be}but its param_groups have a group without 'params'."
+            )
 
 
 def _checked_names(names, groups):

@@ -281,8 +281,22 @@ def test_from_torch_names_are_checked():
     chex.assert_trees_all_equal(
         from_torch(known, NAMES, convert), from_torch(torch_state(), NAMES, convert)
     )
+
+
+def test_from_torch_names_the_keys_that_are_missing():
     with pytest.raises(TypeError, match=r"state_dict\(\) returned, got list"):
         from_torch([], NAMES, convert)
+    whole = torch_state()
+    for part, message in [
+        (whole["state"], "no 'state' and no 'param_groups', but 0, 1"),
+        ({"state": whole["state"]}, "this has no 'param_groups', but 'state'"),
+        ({"model": {}, "optimizer": whole}, "no 'state' .*, but 'model', 'optimizer'"),
+        ({}, "no 'state' and no 'param_groups', but nothing"),
+        (whole | {"param_groups": [{"lr": 1e-3}]}, "a group without 'params'"),
+        (whole | {"param_groups": {"params": [0]}}, "a group without 'params'"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            from_torch(part, NAMES, convert)
 
 
 def test_from_torch_says_what_a_converter_did_wrong():
