@@ -90,8 +90,9 @@ def check_dtype(
     try:
         # NumPy takes None for float64.
         dtype = jnp.dtype("None" if value is None else value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be {choice}, got {value!r}.") from error
+    except (TypeError, ValueError) as error:
+        # ValueError of a dictionary, which NumPy takes for a record.
+        raise TypeError(f"{name} must be {choice}, got {_shown(value)}.") from error
     if dtype.name not in allowed:
         is_dropped = "bfloat16" in allowed and dtype.name.startswith(_DROPPED)
         hint = f" {_INSTEAD_OF_DROPPED}" if is_dropped else ""
@@ -147,19 +148,62 @@ def check_formats(state: Any) -> None:
 def _check_scale(state):
     """Raises ValueError if u_scale says that u was cast; traced, it says nothing."""
     (u_scale,) = jax.tree.leaves(getattr(state, "u_scale", 1.0))
-    if any(NORMS[u.dtype.name].is_scaled for u in jax.tree.leaves(state.u)):
-        return
-    if isinstance(u_scale, Tracer) or not getattr(
-        u_scale, "is_fully_addressable", True
+    norms = jax.tree.leaves(state.u, is_leaf=_is_none)
+    # Of a u that was taken out, as None, u_scale may be.
+    if not is_known(u_scale) or any(
+        u is None or NORMS[u.dtype.name].is_scaled for u in norms
     ):
         return
     # 0 is what jax.tree.map(jnp.zeros_like, state) leaves.
-    values = np.asarray(u_scale)
-    if not np.all((values == 1) | (values == 0)):
+    values = jax.device_get(u_scale)
+    if norms and not np.all((values == 1) | (values == 0)):
         raise ValueError(
             f"The state's u_scale is {values}, but no u is stored below 32 bits, where "
             f"it is 1: this state was cast. {_NO_CASTS}"
         )
+
+
+def check_numbers(state: Any) -> None:
+    """Raises ValueError for numbers that m and u_scale never have. Needs some of them.
+
+    m is at most about u, and not whole numbers, unless all gradients were. So whole
+    numbers, some of which are large and above u, are codes of int8 that were cast.
+    """
+    (u_scale,) = jax.tree.leaves(state.u_scale)
+    if is_known(u_scale):
+        values = jax.device_get(u_scale)
+        if not np.all((values == 0) | ((values >= 1) & (values < 2))):
+            raise ValueError(
+                f"The state's u_scale is {values}, but it is at least 1 and below 2. "
+                f"{_NO_CASTS}"
+            )
+    is_above = False
+    norms = jax.tree.leaves(state.u)
+    for m, u in zip(jax.tree.leaves(state.m), norms, strict=True):
+        is_float = jnp.issubdtype(m.dtype, jnp.floating)
+        if not (is_float and is_known(m) and is_known(u) and jnp.ndim(u_scale) == 0):
+            return
+        is_code = (jnp.abs(m) <= 128) & (jnp.round(m) == m)
+        if not jnp.all(is_code):
+            return
+        u = NORMS[u.dtype.name].read(u, u_scale)
+        size = jnp.abs(m).astype(u.dtype)
+        is_above = is_above or bool(jnp.any((size >= 16) & (size > 1.31 * u)))
+    if is_above:
+        raise ValueError(
+            "The state's m is whole numbers, some above its u: codes of int8 that were "
+            f"cast. {_NO_CASTS}"
+        )
+
+
+def is_known(x: Any) -> bool:
+    """Whether this process has the values of an array: none that is traced, say."""
+    is_array = isinstance(x, jax.Array | np.ndarray | np.generic | float)
+    return (
+        is_array
+        and not isinstance(x, Tracer)
+        and (getattr(x, "is_fully_addressable", True) or x.is_fully_replicated)
+    )
 
 
 def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
@@ -200,7 +244,9 @@ def _check_scalar(name, value, allowed, is_allowed, kinds="a number or a scalar 
             raise ValueError(f"{name} must be {allowed}, got {value!r}.")
         return float(value)
     if not hasattr(value, "dtype"):
-        hint = "" if jax.tree_util.all_leaves([value]) else _IF_PARAMETERS
+        leaves = jax.tree.leaves(value)
+        is_tree = leaves and all(hasattr(leaf, "dtype") for leaf in leaves)
+        hint = _IF_PARAMETERS if is_tree else ""
         raise TypeError(f"{name} must be {kinds}, got {_shown(value)}.{hint}")
     if jnp.iscomplexobj(value):
         raise TypeError(
@@ -218,7 +264,7 @@ _IF_PARAMETERS = " If these are the parameters: init and update take them."
 
 def _shown(value):
     """A value as an error shows it; of a tree, its type alone."""
-    if jax.tree_util.all_leaves([value]):
+    if value is None or jax.tree_util.all_leaves([value]):
         return repr(value)
     return f"a {type(value).__name__} of {len(jax.tree.leaves(value))} leaves"
 
@@ -294,12 +340,16 @@ def check_state(state: Any, kind: type) -> None:
     """Refuses a state of another type than the optimizer's own."""
     if not isinstance(state, kind):
         hint = ""
-        if isinstance(state, optax.ScaleByAdamState):
-            hint = "; from_optax converts that of optax.adamax"
+        if kind.__name__ == "ScaleByAdamaxState":
+            hint = " insert_state puts in the state of another AdaMax"
+            if isinstance(state, optax.ScaleByAdamState):
+                hint += "; from_optax converts that of optax.adamax"
+            hint += "."
         raise TypeError(
+            "update takes the gradients, the state and the parameters, in this order. "
             f"The state is of type {type(state).__name__}, but this optimizer's is a "
             f"{kind.__name__}, which its init returns. Restore a checkpoint into such "
-            f"a state; insert_state puts in the state of another AdaMax{hint}."
+            f"a state.{hint}"
         )
 
 
@@ -310,8 +360,7 @@ def check_chained(state: Any, size: int) -> None:
         raise TypeError(
             "update takes the gradients, the state and the parameters, in this order. "
             "The state must be what init or the last update returned, a tuple of "
-            f"{size} states, got {_shown(state)}. insert_state puts the state of "
-            "another AdaMax into such a tuple."
+            f"{size} states, got {_shown(state)}."
         )
 
 
@@ -455,6 +504,12 @@ def _kind(leaf):
 
 
 def _leaf_problem(g, moment):
+    if not hasattr(moment, "shape") and jax.tree.leaves(moment):
+        (path, _), *_ = jax.tree.leaves_with_path(moment)
+        return ValueError, (
+            f"shape {jnp.shape(g)}, but the optimizer state has a tree there, with a "
+            f"leaf at {name_of(path)} of it."
+        )
     if not hasattr(moment, "shape"):
         return ValueError, (
             f"shape {jnp.shape(g)}, but the optimizer state has {moment!r} there: at "
@@ -508,8 +563,8 @@ def _instead_of(path, given, expected):
     deeper = [other for other in others if other[len(other) - len(path) :] == path]
     higher = [other for other in others if path[len(path) - len(other) :] == other]
     for found, hint in (
-        (deeper, ". Are the gradients wrapped once too often?"),
-        (higher, ". Were the parameters wrapped once more at init?"),
+        (deeper, " (are the gradients wrapped once too often?)"),
+        (higher, " (were the parameters wrapped once more at init?)"),
         (others, ""),
     ):
         if found:

@@ -43,7 +43,7 @@ def threshold_of(count: jax.Array) -> jax.Array:
 def join(p: jax.Array, r: jax.Array) -> jax.Array:
     """The float32 numbers x that p and r stand for; their derivative by p is 1."""
     if p.dtype == jnp.float16:
-        p = p.astype(jnp.float32)
+        p = _wide(p)
         return p + r.astype(jnp.float32) * _unit(p, r.dtype)
     low = r.astype(jnp.int32)
     if r.dtype == jnp.int8:

@@ -210,7 +210,13 @@ def _check_state_dict(state_dict):
             f"{' and no '.join(map(repr, missing))}, but "
             f"{', '.join(keys[:3] + ['...'] * (len(keys) > 3)) or 'nothing'}."
         )
-    for group in state_dict["param_groups"]:
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(states, Mapping) or isinstance(groups, Mapping):
+        raise TypeError(
+            f"{must_be}a dict under 'state' and a list under 'param_groups', got "
+            f"{type(states).__name__} and {type(groups).__name__}."
+        )
+    for group in groups:
         if not isinstance(group, Mapping) or "params" not in group:
             raise TypeError(
                 f"{must_be}but its param_groups have a group without 'params'."

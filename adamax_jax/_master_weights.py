@@ -217,10 +217,10 @@ def full_params(params: optax.Params, state: optax.OptState) -> optax.Params:
     Examples:
       As of :func:`master_weights`.
     """
-    residuals = _Residuals(state)
+    residuals = _Residuals(state, params)
 
     def joined(path, p):
-        r = residuals.of(path, p)
+        _, r = residuals.of(path, p)
         return p if r is None else join(p, r)
 
     full = jax.tree_util.tree_map_with_path(joined, params)
@@ -263,7 +263,7 @@ def set_full_params(
       >>> full_params(params, state)
       Array([0.1, 0.2], dtype=float32)
     """
-    residuals = _Residuals(state)
+    residuals = _Residuals(state, params)
     new_residuals = {}
 
     def half(path, p, x):
@@ -275,20 +275,19 @@ def set_full_params(
                 f"{name_of(path)}, but the parameter has {jnp.shape(p)} and "
                 f"{jnp.result_type(p)}."
             )
-        r = residuals.of(path, p)
+        residual_path, r = residuals.of(path, p)
         if r is None:
             return place(jnp.asarray(x, jnp.result_type(p)), p)
         new_p, new_r = split(jnp.asarray(x, jnp.float32), p.dtype, r.dtype)
-        new_residuals[path] = place(new_r, r)
+        new_residuals[residual_path] = place(new_r, r)
         return place(new_p, p)
 
     params = jax.tree_util.tree_map_with_path(half, params, full)
     residuals.check_all_were_used()
-    find = path_finder(new_residuals)
 
     def replaced(node):
         residual = jax.tree_util.tree_map_with_path(
-            lambda path, old: new_residuals[find(path)], node.residual
+            lambda path, old: new_residuals[path], node.residual
         )
         return node._replace(residual=residual)
 
@@ -298,29 +297,32 @@ def set_full_params(
 class _Residuals:
     """The residuals in a state, by the paths of their parameters."""
 
-    def __init__(self, state):
-        self._unused, owners = {}, {}
+    def __init__(self, state, params):
+        self._found, self._unused, owners = {}, [], {}
         for owner, part in some_states(state, MasterWeightsState):
-            find = path_finder(owners)
-            leaves = jax.tree.leaves_with_path(part.residual)
-            for path, leaf in leaves:
-                if (other := find(path)) is not None:
+            leaves = dict(jax.tree.leaves_with_path(part.residual))
+            find = path_finder(part.residual, params)
+            for path, _ in jax.tree.leaves_with_path(params):
+                residual_path = find(path)
+                if residual_path is None:
+                    continue
+                if path in owners:
                     raise ValueError(
                         f"The state has two residuals at {name_of(path)}, in the "
-                        f"MasterWeightsState at {name_of(owners[other])} and at "
+                        f"MasterWeightsState at {name_of(owners[path])} and at "
                         f"{name_of(owner)}: give the state of one model with its "
                         "parameters, and then that of the other."
                     )
-                self._unused[path] = leaf
-            owners |= {path: owner for path, _ in leaves}
-        self._find = path_finder(self._unused)
+                owners[path] = owner
+                self._found[path] = residual_path, leaves.pop(residual_path)
+            self._unused += leaves
 
     def of(self, path, p):
-        """The residual of a parameter, None if it has none."""
-        r = self._unused.pop(self._find(path), None)
+        """The path and the residual of a parameter; None and None if it has none."""
+        residual_path, r = self._found.get(path, (None, None))
         if r is not None:
             _check_fit(path, p, r)
-        return r
+        return residual_path, r
 
     def check_all_were_used(self):
         """Refuses parameters among which those of some residuals are missing."""

@@ -18,6 +18,8 @@ from adamax_jax._checks import (
     check_dtype,
     check_formats,
     check_is_available,
+    check_numbers,
+    is_known,
 )
 from adamax_jax._formats import MEANS, NORMS, formats
 from adamax_jax._lp_adam import ScaleByLpAdamState
@@ -198,6 +200,7 @@ def some_states(
     if kind is ScaleByAdamaxState:
         for _, adamax_state in found:
             check_formats(adamax_state)
+            check_numbers(adamax_state)
     return found
 
 
@@ -269,15 +272,22 @@ def stored_as(
 def _known_scale(state):
     """u_scale, or 1 in its place where ``jax.tree.map(jnp.zeros_like, state)`` left 0.
 
-    As an update takes it.
+    As an update takes it. A known one is not computed with: it may lie in the memory of
+    the host.
     """
-    u_scale = jnp.asarray(unwrapped(state.u_scale))
-    return jnp.where(u_scale == 0, jnp.ones_like(u_scale), u_scale)
+    u_scale = unwrapped(state.u_scale)
+    if is_known(u_scale) and np.all(jax.device_get(u_scale)):
+        return u_scale
+    return jnp.where(u_scale == 0, np.float32(1), u_scale)
 
 
 def scale_of(state: ScaleByAdamaxState) -> jax.Array:
     """The scalar u_scale of a state."""
-    u_scale = _known_scale(state)
+    return _check_is_one(_known_scale(state))
+
+
+def _check_is_one(u_scale):
+    """Returns a u_scale that is a single number."""
     if u_scale.ndim > 0:
         raise ValueError(
             f"The state is that of an ensemble: u_scale has shape {u_scale.shape}. "
@@ -338,14 +348,16 @@ def _rewrite(m, u, u_scale, m_dtypes, like_u):
     Each number is rounded once, or not at all where nothing changes.
     """
     new_scale = u_scale
-    if [x.dtype for x in u] != [x.dtype for x in like_u]:
+    scaled = [NORMS[jnp.dtype(x.dtype).name].is_scaled for x in like_u]
+    if [x.dtype for x in u] != [x.dtype for x in like_u] or not any(scaled):
         new_scale = jnp.ones_like(u_scale)
 
     def rewrite(m, u, m_dtype, like_u):
         is_same_u = (u.dtype, u.shape) == (like_u.dtype, like_u.shape)
-        if is_same_u and m.dtype == m_dtype and new_scale is u_scale:
+        is_same_scale = new_scale is u_scale or not NORMS[u.dtype.name].is_scaled
+        if is_same_u and m.dtype == m_dtype and is_same_scale:
             return m, u
-        m, u = read(m, u, u_scale)
+        m, u = read(m, u, _check_is_one(u_scale))
         dtype = arithmetic_dtype(m.dtype, u.dtype, m_dtype, like_u.dtype)
         u = reshare(u.astype(dtype), like_u.shape)
         return stored_as(m, u, m_dtype, like_u.dtype, new_scale)
@@ -356,6 +368,9 @@ def _rewrite(m, u, u_scale, m_dtypes, like_u):
 
 def _kept(m, u, u_scale, target):
     """The leaves, with the target's for None, stored beside another ``u_scale``."""
+    if all(leaf is not None for leaf in (*m, *u)):
+        return m, u
+    _check_is_one(u_scale)
     kept_m, kept_u = [], []
     for leaf_m, leaf_u, own_m, own_u in zip(
         m, u, jax.tree.leaves(target.m), jax.tree.leaves(target.u), strict=True
@@ -376,7 +391,7 @@ def _leaves_like(target, given, fits, missing):
     None where there is none, and ``missing`` allows it.
     """
     leaves = dict(jax.tree.leaves_with_path(given))
-    find = path_finder(leaves)
+    find = path_finder(given, target)
     found = []
     for path, place in jax.tree.leaves_with_path(target):
         key = find(path)

@@ -5,7 +5,8 @@ and None where a parameter has no gradients. Whatever else belongs to a leaf is 
 lists.
 """
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -121,17 +122,24 @@ def ends_of(path: Any) -> list[Any]:
     return [path[start:] for start in range(len(path) + 1)]
 
 
-def path_finder(paths: Iterable[Any]) -> Callable[[Any], Any]:
-    """A function from the path of a leaf to that of the same leaf in another tree.
+def path_finder(tree: Any, other: Any) -> Callable[[Any], Any]:
+    """A function from the path of a leaf of ``other`` to that of the same in ``tree``.
 
     It returns None where there is none. A container around a single array, in one of
     the trees, adds an entry to the path: Flax NNX's variables.
     """
-    known = set(paths)
+    known = {path for path, _ in jax.tree.leaves_with_path(tree)}
     inside = {path[:-1]: path for path in known if path}
+    boxes, other_boxes = (
+        Counter(path[:-1] for path, _ in jax.tree.leaves_with_path(x))
+        for x in (tree, other)
+    )
 
     def find(path):
-        candidates = (path, inside.get(path), path[:-1])
-        return next((key for key in candidates if key in known), None)
+        if path in known:
+            return path
+        if boxes[path] == 1 and path in inside:
+            return inside[path]
+        return path[:-1] if path[:-1] in known and other_boxes[path[:-1]] == 1 else None
 
     return find

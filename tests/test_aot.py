@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from sequences import STORAGES
 
-from adamax_jax import adamax, master_weights, set_full_params
+from adamax_jax import adamax, full_params, master_weights, set_full_params
 from adamax_jax._lab import bench, compiled, hlo, scale, shapes, targets, traffic
 from adamax_jax._lab.cli import main
 from adamax_jax._lab.contenders import TWO_BYTES
@@ -201,9 +201,14 @@ def test_no_rounding_is_taken_out(storage, residual_dtype, dtype):
         updates, state = optimizer.update(g, state, params)
         return optax.apply_updates(params, updates), state
 
+    def there_and_back(params, state, full):
+        params, state = set_full_params(params, state, full)
+        return params, state, full_params(params, state)
+
     for program in (
         jax.jit(step).lower(params, state, params),
         jax.jit(set_full_params).lower(params, state, full),
+        jax.jit(there_and_back).lower(params, state, full),
     ):
         strict = program.compile({"xla_allow_excess_precision": False}).as_text()
         assert casts(program.compile().as_text()) == casts(strict) > 0

@@ -612,15 +612,15 @@ DENSE = {
         (
             lambda g: {"params": g},
             r"no leaf at \['dense'\]\['bias'\], .* of shape \(2,\), but have one at "
-            r"\['params'\]\['dense'\]\['bias'\]\. Are .* wrapped once too often\?",
+            r"\['params'\]\['dense'\]\['bias'\] \(are .* wrapped once too often\?\)\.",
         ),
         (
             lambda g: (jnp.float32(0), g),
-            r"but have one at \[1\]\['dense'\]\['bias'\]\. Are .* wrapped once too",
+            r"but have one at \[1\]\['dense'\]\['bias'\] \(are .* wrapped once too",
         ),
         (
             lambda g: g["dense"],
-            r"but have one at \['bias'\]\. Were the parameters wrapped once more",
+            r"but have one at \['bias'\] \(were the parameters wrapped once more",
         ),
         (
             lambda g: {"dense": {"bias": 1.0, "w": g["dense"]["kernel"]}, "scale": 1.0},

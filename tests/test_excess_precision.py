@@ -71,6 +71,8 @@ def evaluate(closed, args):
             results = eqn.primitive.bind(*(x for x, _ in operands), **params)
             results = results if eqn.primitive.multiple_results else [results]
             results = [(x, None) for x in results]
+        if name in ("copy", "copy_p") and operands[0][1] is not None:
+            results = [(results[0][0], operands[0][1])]
         if name == "convert_element_type":
             ((number, exact),), ((cast, _),) = operands, results
             if cast.dtype in HALF:

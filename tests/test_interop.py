@@ -293,7 +293,8 @@ def test_from_torch_names_the_keys_that_are_missing():
         ({"model": {}, "optimizer": whole}, "no 'state' .*, but 'model', 'optimizer'"),
         ({}, "no 'state' and no 'param_groups', but nothing"),
         (whole | {"param_groups": [{"lr": 1e-3}]}, "a group without 'params'"),
-        (whole | {"param_groups": {"params": [0]}}, "a group without 'params'"),
+        (whole | {"param_groups": {}}, "and a list under .*, got dict and dict"),
+        (whole | {"state": []}, "a dict under 'state' and .*, got list and list"),
     ]:
         with pytest.raises(TypeError, match=message):
             from_torch(part, NAMES, convert)
