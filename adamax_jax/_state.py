@@ -117,7 +117,8 @@ def insert_state(
     Of the :class:`ScaleByAdamaxState` in it, count, m and u become those given, stored
     in the dtypes, the sharding and the containers (Flax NNX) of the new state.
     Schedules of the learning rate, of the weight decay and of
-    ``optax.inject_hyperparams`` go on from the count, too. All else stays new.
+    ``optax.inject_hyperparams`` go on from the count, too. All else stays new, also the
+    residuals of :func:`master_weights`, which :func:`set_full_params` brings over.
 
     Where the new optimizer shares u along axes and the old one did not, u becomes its
     maximum along them, which is what it would have been. Along axes that only the old
@@ -276,17 +277,26 @@ def _known_scale(state):
     the host.
     """
     u_scale = unwrapped(state.u_scale)
-    if is_known(u_scale) and np.all(jax.device_get(u_scale)):
+    is_abstract = isinstance(u_scale, jax.ShapeDtypeStruct)
+    if is_abstract or (is_known(u_scale) and np.all(jax.device_get(u_scale))):
         return u_scale
     return jnp.where(u_scale == 0, np.float32(1), u_scale)
 
 
+def _is_one(u_scale):
+    """Whether u_scale is known to be 1; that of a template is taken for it."""
+    is_abstract = isinstance(u_scale, jax.ShapeDtypeStruct)
+    return is_abstract or (
+        is_known(u_scale) and bool(np.all(jax.device_get(u_scale) == 1))
+    )
+
+
 def scale_of(state: ScaleByAdamaxState) -> jax.Array:
     """The scalar u_scale of a state."""
-    return _check_is_one(_known_scale(state))
+    return _check_single(_known_scale(state))
 
 
-def _check_is_one(u_scale):
+def _check_single(u_scale):
     """Returns a u_scale that is a single number."""
     if u_scale.ndim > 0:
         raise ValueError(
@@ -348,8 +358,9 @@ def _rewrite(m, u, u_scale, m_dtypes, like_u):
     Each number is rounded once, or not at all where nothing changes.
     """
     new_scale = u_scale
-    scaled = [NORMS[jnp.dtype(x.dtype).name].is_scaled for x in like_u]
-    if [x.dtype for x in u] != [x.dtype for x in like_u] or not any(scaled):
+    is_scaled = any(NORMS[jnp.dtype(x.dtype).name].is_scaled for x in like_u)
+    is_left_over = not is_scaled and not _is_one(u_scale)
+    if [x.dtype for x in u] != [x.dtype for x in like_u] or is_left_over:
         new_scale = jnp.ones_like(u_scale)
 
     def rewrite(m, u, m_dtype, like_u):
@@ -357,7 +368,7 @@ def _rewrite(m, u, u_scale, m_dtypes, like_u):
         is_same_scale = new_scale is u_scale or not NORMS[u.dtype.name].is_scaled
         if is_same_u and m.dtype == m_dtype and is_same_scale:
             return m, u
-        m, u = read(m, u, _check_is_one(u_scale))
+        m, u = read(m, u, _check_single(u_scale))
         dtype = arithmetic_dtype(m.dtype, u.dtype, m_dtype, like_u.dtype)
         u = reshare(u.astype(dtype), like_u.shape)
         return stored_as(m, u, m_dtype, like_u.dtype, new_scale)
@@ -370,7 +381,7 @@ def _kept(m, u, u_scale, target):
     """The leaves, with the target's for None, stored beside another ``u_scale``."""
     if all(leaf is not None for leaf in (*m, *u)):
         return m, u
-    _check_is_one(u_scale)
+    _check_single(u_scale)
     kept_m, kept_u = [], []
     for leaf_m, leaf_u, own_m, own_u in zip(
         m, u, jax.tree.leaves(target.m), jax.tree.leaves(target.u), strict=True

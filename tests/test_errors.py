@@ -721,3 +721,61 @@ class TestStatesThatWereCast:
             moments(zeros)
             update, _ = optimizer.update(g, zeros)
             assert np.all(np.isfinite(update))
+
+    @pytest.mark.parametrize("u_dtype", [None, "bfloat16"])
+    @pytest.mark.parametrize("m_dtype", ["float32", "bfloat16"])
+    def test_codes_of_m_beside_its_u(self, m_dtype, u_dtype):
+        """They are up to 127, and no mean is above the maximum by much."""
+        g = jnp.array([1.0, -0.01, 3.0])
+        optimizer = adamax(m_dtype="int8", u_dtype=u_dtype)
+        _, (state, rest) = optimizer.update(g, optimizer.init(g))
+        cast = state._replace(m=state.m.astype(m_dtype)), rest
+        for function in (moments, diagnose, to_optax, convert_state):
+            with pytest.raises(
+                ValueError, match="m is whole numbers, some above its u"
+            ):
+                function(cast)
+        # Whole numbers that are none: all gradients were.
+        for numbers in (jnp.ones(3), jnp.array([100.0, -3.0, 0.0])):
+            optimizer = adamax(b1=0.0, m_dtype=m_dtype, u_dtype=u_dtype)
+            moments(optimizer.update(numbers, optimizer.init(numbers))[1])
+
+    @pytest.mark.parametrize("value", [2.0, 0.5, -1.5, float("nan")])
+    @pytest.mark.parametrize("storage", ["bfloat16", "two bytes"])
+    def test_a_scale_that_is_none(self, storage, value):
+        """As the sum of those of several workers."""
+        state = adamax(**STORAGES[storage]).init(self.g[0])[0]
+        state = state._replace(u_scale=jnp.float32(value))
+        for function in (moments, diagnose, to_optax, convert_state):
+            with pytest.raises(ValueError, match="at least 1 and below 2"):
+                function(state)
+
+
+def test_a_gradient_in_the_place_of_a_tree():
+    optimizer = adamax()
+    state = optimizer.init(DENSE)
+    message = r"root of the tree has shape \(\), .* a tree there, with a leaf at \['d"
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(jnp.float32(1), state)
+    message = r"\['dense'\] has shape \(2,\), .* with a leaf at \['bias'\] of it\."
+    with pytest.raises(ValueError, match=message):
+        optimizer.update({"dense": jnp.ones(2), "scale": jnp.ones(1)}, state)
+
+
+def test_other_things_in_the_place_of_hyperparameters():
+    with pytest.raises(
+        TypeError, match=r"m_dtype must be .*, got a dict of 3 leaves\."
+    ):
+        adamax(1e-3, m_dtype=DENSE)
+    with pytest.raises(
+        TypeError, match=r"residual_dtype must be .* a dict of 3 leaves"
+    ):
+        master_weights(adamax(1e-3), DENSE)
+    with pytest.raises(TypeError, match=r"or a schedule, got None\.$"):
+        adamax(None)
+    with pytest.raises(TypeError, match=r"or a schedule, got a list of 2 leaves\.$"):
+        adamax([1e-3, 1e-4])
+    with pytest.raises(
+        TypeError, match=r"in this order.* a ScaleByLpAdamState, .*state\.$"
+    ):
+        lp_adam(0.1, 2.0).update(DENSE, adamax().init(DENSE))

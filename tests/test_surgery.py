@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import SingleDeviceSharding
 from sequences import STORAGES
 from test_readme import page, run, section
 
@@ -19,6 +20,7 @@ from adamax_jax import (
     insert_state,
     master_weights,
     moments,
+    set_full_params,
 )
 
 PAGE = page("checkpoints")
@@ -254,3 +256,118 @@ def test_a_state_of_zeros_counts_as_new():
         chex.assert_trees_all_close(moments(after), moments(after_new), rtol=2e-3)
         chex.assert_trees_all_equal(convert_state(zeros), new)
         chex.assert_trees_all_equal(insert_state(new, zeros), new)
+
+
+MIXED = {"kernel": jnp.ones([4, 3], jnp.bfloat16), "norm": jnp.ones(3)}
+
+
+def trained_mixed():
+    """With a u_scale other than 1, for the kernel's u."""
+    optimizer = adamax(1e-2)
+    state = optimizer.init(MIXED)
+    for _ in range(3):
+        _, state = optimizer.update(MIXED, state, MIXED)
+    assert state[0].u_scale != 1
+    return optimizer, state
+
+
+def test_groups_of_one_precision_each():
+    """Where no u is stored below 32 bits, u_scale is 1 again."""
+    optimizer, state = trained_mixed()
+    groups = optax.partition(
+        {"a": adamax(1e-2), "b": optimizer, "none": adamax(1e-2)},
+        {"kernel": "a", "norm": "b"},
+    )
+    new = groups.init(MIXED)
+    parts = {name: insert_state(p, state) for name, p in new.inner_states.items()}
+    updates, _ = groups.update(MIXED, new._replace(inner_states=parts), MIXED)
+    expected, _ = optimizer.update(MIXED, state, MIXED)
+    chex.assert_trees_all_equal(updates, expected)
+    m, u = moments(state)
+    part_m, part_u = moments(parts["b"])
+    assert np.array_equal(part_m["norm"], m["norm"])
+    assert np.array_equal(part_u["norm"], u["norm"])
+
+
+def test_the_only_leaf_in_half_precision_is_replaced():
+    optimizer, state = trained_mixed()
+    old = state[0]
+    old = old._replace(m=old.m | {"kernel": None}, u=old.u | {"kernel": None})
+    new = MIXED | {"kernel": jnp.ones([4, 5], jnp.bfloat16)}
+    result = insert_state(optimizer.init(new), old, missing="keep")
+    same(result, state, ["norm"])
+    is_new(result, "kernel", (4, 5))
+
+
+def test_members_of_ensembles_are_not_mixed_up():
+    """Each has its own u_scale, which may not stretch along the parameters' axes."""
+    storage = STORAGES["two bytes"]
+    rates, params = jnp.array([0.9, 0.99, 0.999]), jnp.ones([3, 3])
+
+    def train(b2, p):
+        optimizer = adamax(1e-2, 0.5, b2, **storage)
+        state = optimizer.init(p)
+        for g in (p, 0 * p, 0 * p):
+            _, state = optimizer.update(g, state)
+        return state
+
+    states = jax.vmap(train)(rates, params)
+    new = jax.vmap(adamax(1e-2).init)(params)
+    for missing in ("raise", "keep"):
+        with pytest.raises(ValueError, match=r"u_scale has shape \(3,\).*jax\.vmap"):
+            insert_state(new, states, missing=missing)
+    inserted = jax.vmap(insert_state)(new, states)
+    chex.assert_trees_all_equal(inserted[0].u, jax.vmap(moments)(states)[1])
+    # Where nothing is stored otherwise, all members are inserted at once.
+    same_storage = jax.vmap(adamax(1e-2, 0.5, **storage).init)(params)
+    chex.assert_trees_all_equal(insert_state(same_storage, states)[0], states[0])
+
+
+def test_a_container_of_several_arrays_is_not_that_of_one():
+    """Only around a single array does it stand for it, as Flax NNX's variables."""
+    old = adamax().init({"norm": jnp.ones(8)})
+    new = adamax().init({"norm": {"bias": jnp.ones(8), "scale": jnp.ones(8)}})
+    for target, given in ((new, old), (old, new)):
+        for missing in ("raise", "keep"):
+            with pytest.raises(ValueError, match=r"no leaf at \['norm'\]"):
+                insert_state(target, given, missing=missing)
+    boxed = adamax().init({"norm": {"value": jnp.ones(8)}})
+    for target, given in ((boxed, old), (old, boxed)):
+        insert_state(target, given)
+
+
+def test_master_weights_keep_their_residuals():
+    """If they are carried over: insert_state leaves all else new."""
+    params = {"a": jnp.ones(4, jnp.bfloat16)}
+    optimizer = master_weights(adamax(1e-3))
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(params, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            params = optax.apply_updates(params, updates)
+    deeper = params | {"layer": jnp.ones(2, jnp.bfloat16)}
+    full = full_params(params, state) | {"layer": jnp.full(2, 1.001)}
+    new = insert_state(optimizer.init(deeper), state, missing="keep")
+    deeper, new = set_full_params(deeper, new, full)
+    chex.assert_trees_all_equal(full_params(deeper, new), full)
+    np.testing.assert_allclose(full["a"], 0.997, rtol=1e-5)
+
+
+@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+def test_states_in_the_memory_of_the_host(storage):
+    params = {"a": jnp.ones(3)}
+    optimizer = adamax(**storage)
+    _, state = optimizer.update(params, optimizer.init(params))
+    on_host = jax.device_put(
+        state, SingleDeviceSharding(jax.devices()[0], memory_kind="unpinned_host")
+    )
+    for tool in (moments, convert_state):
+        chex.assert_trees_all_equal(jax.device_get(tool(on_host)), tool(state))
+    chex.assert_trees_all_equal(insert_state(optimizer.init(params), on_host), state)
+
+
+def test_states_without_numbers():
+    """Templates of checkpoints: what is not computed with them, may be done."""
+    template = jax.eval_shape(adamax().init, {"a": jnp.ones(3)})
+    assert moments(template) == (template[0].m, template[0].u)
+    assert convert_state(template) == template

@@ -321,6 +321,7 @@ EXPLICIT = {
 RESHARDED = {
     "novograd": optax.novograd(0.1),
     "rprop": optax.rprop(0.1),
+    "adan": optax.adan(0.1),
     "apply_if_finite": optax.apply_if_finite(adamax(0.1), 3),
 }
 NOT_SHARDED = {
