@@ -282,7 +282,7 @@ def scale_by_adamax(
         return ScaleByAdamaxState(
             count=jnp.zeros([], jnp.int32),
             m=zeros_beside(
-                lambda _, p: jnp.zeros_like(p, dtype=_m_dtype(p, m_dtype)), params
+                lambda _, p: jnp.zeros_like(p, dtype=m_dtype_of(p, m_dtype)), params
             ),
             u=zeros_beside(
                 lambda path, p: zeros_shared(
@@ -295,7 +295,7 @@ def scale_by_adamax(
 
     def as_at_init(path, m, u, p_dtype):
         return (
-            _m_dtype(p_dtype or m.dtype, m_dtype),
+            m_dtype_of(p_dtype or m.dtype, m_dtype),
             _u_dtype(p_dtype or u.dtype, u_dtype),
             shape_beside(path, m, u, shared_axes),
         )
@@ -309,7 +309,8 @@ def scale_by_adamax(
         count = jnp.asarray(optax.safe_increment(state.count))
         dtype = scalar_dtype(updates, state.m, state.u)
         next_u_scale, halving = state.u_scale, 1.0
-        if any(NORMS[u.dtype.name].is_scaled for u in jax.tree.leaves(state.u)):
+        is_scaled = any(NORMS[u.dtype.name].is_scaled for u in jax.tree.leaves(state.u))
+        if is_scaled:
             next_u_scale, halving = next_scale(
                 state.u_scale, number(b2, state.u_scale.dtype)
             )
@@ -331,6 +332,7 @@ def scale_by_adamax(
             state.m,
             state.u,
             dtypes,
+            decays_by_scale=is_scaled,
         )
         return step, ScaleByAdamaxState(count, m, u, next_u_scale)
 
@@ -500,7 +502,7 @@ def _next_u(norm, u, magnitude, c):
     return larger(norm.decayed(u, c), new)
 
 
-def _m_dtype(p, m_dtype):
+def m_dtype_of(p, m_dtype):
     """The dtype of m for a parameter: complex where the parameter is."""
     if m_dtype is None:
         return default_dtype(jnp.result_type(p))

@@ -198,11 +198,10 @@ def check_numbers(state: Any) -> None:
 
 def is_known(x: Any) -> bool:
     """Whether this process has the values of an array: none that is traced, say."""
-    is_array = isinstance(x, jax.Array | np.ndarray | np.generic | float)
-    return (
-        is_array
-        and not isinstance(x, Tracer)
-        and (getattr(x, "is_fully_addressable", True) or x.is_fully_replicated)
+    if not isinstance(x, jax.Array):
+        return isinstance(x, np.ndarray | np.generic | float)
+    return not isinstance(x, Tracer) and (
+        x.is_fully_addressable or x.is_fully_replicated
     )
 
 

@@ -33,6 +33,8 @@ from adamax_jax._xla import as_rounded, larger, narrowed, smaller
 # Of float32.
 _MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 _INFINITY, _NAN, _SIGN = 0x7F800000, 0x7FC00000, -(1 << 31)
+# 2^32 divided by the golden ratio, as an int32.
+_GOLDEN = 0x9E3779B1 - (1 << 32)
 
 
 class Wide:
@@ -55,6 +57,9 @@ class Wide:
     def next(self, stored, u, magnitude, c, next_u):
         return self.write(u)
 
+    def average(self, u, dither):
+        return self.write(u)
+
     def encode(self, u, u_scale):
         return u
 
@@ -71,15 +76,13 @@ class Bfloat16Mean:
 
     is_ratio, largest = False, _MAX
 
-    def read(self, stored, u, norm):
+    def read(self, stored, *_):
         return stored.astype(jnp.float32)
 
-    def write(self, m, u, dither):
+    def write(self, m, u, dither, *_):
         bits = _bits(m)
         magnitude, sign = bits & ~_SIGN, bits & _SIGN
-        # Finite numbers stay finite. Infinity and NaN have larger bits, and stay.
-        finite = jnp.minimum(magnitude, _INFINITY - (1 << 16))
-        magnitude = jnp.maximum(finite + _carry(dither, 16), magnitude) & -(1 << 16)
+        magnitude = _upper_half(magnitude, _carry(dither, 16))
         return as_rounded(m, _float(magnitude | sign)).astype(jnp.bfloat16)
 
 
@@ -88,35 +91,37 @@ class Int8Mean:
 
     These are 16 codes per octave well above the knee, and equal steps of 2^-12 below
     it: a small persistent mean is kept beside a rare large gradient. The last code,
-    127, is 1.307. -128 is NaN.
+    127, is 1.307. -128 is NaN. With a ``unit``, a power of 2, the ratio is m/(unit u).
     """
 
     is_ratio, largest = True, float("inf")
     SHIFT, KNEE, LAST, NAN = 19, 1.375 * 2.0**-8, 127, 128
     FIRST = int(np.float32(KNEE).view(np.int32)) >> SHIFT
 
-    def ratio(self, stored):
+    def ratio(self, stored, unit=1.0):
         code = stored.astype(jnp.int32)
         magnitude = jnp.abs(code)
         bits = (magnitude + self.FIRST) << self.SHIFT
         # As bits: under jax.disable_jit, jax.debug_nans reports a NaN among constants.
         ratio = _float(jnp.where(magnitude == self.NAN, _NAN, bits)) - self.KNEE
+        ratio = unit * ratio
         return jnp.where(code < 0, -ratio, ratio)
 
-    def read(self, stored, u, norm):
-        ratio = self.ratio(stored).astype(u.dtype)
+    def read(self, stored, u, norm, unit=1.0):
+        ratio = self.ratio(stored, unit).astype(u.dtype)
         if norm.saturates:
             return ratio * u
         # Finite, also beside an infinite u, and where a ratio is a little above 1.
         end = number(float(jnp.finfo(u.dtype).max), u.dtype)
         return larger(smaller(ratio * smaller(u, end), end), -end)
 
-    def write(self, m, u, dither):
+    def write(self, m, u, dither, unit=1.0):
         # Beside a u of 0, m is 0.
         divisor = jnp.where(u == 0, 1, u)
         # Of |m|, since XLA:CPU writes to memory a quotient that is read twice. The
         # outer abs clears the sign of a NaN, whose bits then are above infinity's.
-        ratio = quotient(jnp.abs(m), divisor, is_positive=True).astype(jnp.float32)
+        ratio = quotient(jnp.abs(m), divisor, is_positive=True) * (1 / unit)
+        ratio = ratio.astype(jnp.float32)
         bits = _bits(jnp.abs(ratio + self.KNEE))
         code = ((bits + _carry(dither, self.SHIFT)) >> self.SHIFT) - self.FIRST
         code = jnp.where(bits < _INFINITY, jnp.minimum(code, self.LAST), self.NAN)
@@ -181,6 +186,11 @@ class Bfloat16Norm(_ScaledNorm):
         end = self.encode(self.largest, c.next_u_scale)
         return jnp.minimum(_nearest(bits, bits), end)
 
+    def average(self, u, dither):
+        bits = _bits(jnp.abs(u))
+        bits = _upper_half(bits, _own_carry(dither, 16, bits))
+        return as_rounded(u, _float(bits)).astype(jnp.bfloat16)
+
     def store(self, code, u, u_scale):
         scaled = _float32(u) / _float32(u_scale)
         return as_rounded(scaled, _float(code)).astype(jnp.bfloat16)
@@ -198,7 +208,7 @@ class Uint8Norm(_ScaledNorm):
     SHIFT, ONE, OFFSET = 21, 127 * 4, (127 - 32) * 4 - 1
     # Adds more codes than any decay takes away; 1 + 1/4 would not at b2 = 0.835.
     STEP = 1.27
-    infinity = (_INFINITY >> SHIFT) - OFFSET
+    infinity, LAST = (_INFINITY >> SHIFT) - OFFSET, 255
 
     def read(self, stored, u_scale):
         u = _float((stored.astype(jnp.int32) + self.OFFSET) << self.SHIFT)
@@ -211,6 +221,15 @@ class Uint8Norm(_ScaledNorm):
         code = lax.shift_right_logical(bits + half, jnp.int32(self.SHIFT)) - self.OFFSET
         # What is not 0 does not become 0.
         return jnp.maximum(code, jnp.minimum(bits, 1))
+
+    def average(self, u, dither):
+        bits = _bits(jnp.abs(u))
+        carry = _own_carry(dither, self.SHIFT, bits)
+        code = jnp.minimum((bits >> self.SHIFT) - self.OFFSET, self.LAST)
+        below = bits & ((1 << self.SHIFT) - 1)
+        code = code + ((below + carry) >> self.SHIFT)
+        code = jnp.clip(code, jnp.minimum(bits, 1), self.LAST)
+        return narrowed(code, jnp.uint8)
 
     def codes_of(self, stored):
         return stored.astype(jnp.int32)
@@ -270,6 +289,26 @@ def _carry(dither, shift):
     """
     whole = 1 << shift
     return whole - 1 - jnp.floor(dither * float(whole)).astype(jnp.int32)
+
+
+def _own_carry(dither, shift, bits):
+    """As ``_carry``, but another one for other bits.
+
+    One for all would be noise of the learning rate: where all of u is rounded up, all
+    steps are shorter.
+    """
+    own = bits * np.int32(_GOLDEN)
+    own = lax.shift_right_logical(own, np.int32(32 - shift))
+    return (own + _carry(dither, shift)) & ((1 << shift) - 1)
+
+
+def _upper_half(magnitude, carry):
+    """float32 bits rounded up or down to 16; finite stays finite, infinity and NaN too.
+
+    Infinity and NaN have larger bits than any number.
+    """
+    finite = jnp.minimum(magnitude, _INFINITY - (1 << 16))
+    return jnp.maximum(finite + carry, magnitude) & -(1 << 16)
 
 
 def _nearest(bits, finite):

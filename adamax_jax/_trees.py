@@ -64,15 +64,21 @@ def dtypes_beside(params: Any, m: Any) -> list[Any]:
 
 
 def update_leaves(
-    update_leaf: Callable[..., Any], updates: Any, m: Any, u: Any, dtypes: list[Any]
+    update_leaf: Callable[..., Any],
+    updates: Any,
+    m: Any,
+    u: Any,
+    dtypes: list[Any],
+    *,
+    decays_by_scale: bool,
 ) -> tuple[Any, Any, Any]:
     """The trees of steps, m and u, made leaf by leaf.
 
     ``update_leaf`` has those of a leaf from g, m, u and the step's dtype: that of g, or
     of the parameter, in ``dtypes``, where it has more bits.
 
-    A gradient of None has no step. It leaves a wide u and its m as they are. A narrow
-    u decays with all the others, by their common scale, and so that no m is left beside
+    A gradient of None has no step, and leaves m and u as they are. But where a narrow u
+    ``decays_by_scale``, it does so with all the others, and so that no m is left beside
     a vanishing u, None counts as zero there.
     """
     steps, new_m, new_u = [], [], []
@@ -87,7 +93,7 @@ def update_leaves(
             step_dtype = _wider(dtype_of(g), dtype)
             step, leaf_m, leaf_u = update_leaf(g, leaf_m, leaf_u, step_dtype)
             steps.append(step)
-        elif NORMS[leaf_u.dtype.name].is_scaled:
+        elif decays_by_scale and NORMS[leaf_u.dtype.name].is_scaled:
             zero = jnp.zeros_like(leaf_m, dtype_like(leaf_m, jnp.float32))
             _, leaf_m, leaf_u = update_leaf(zero, leaf_m, leaf_u, zero.dtype)
         new_m.append(leaf_m)

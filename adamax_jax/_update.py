@@ -35,6 +35,10 @@ class Rule(NamedTuple):
     # next_u(norm, u, magnitude, c): the next u from the last one and from |g| + eps.
     # Both u are codes of the format ``norm``.
     next_u: Callable[..., Any]
+    # Whether u is an average, which is rounded without bias, not a maximum.
+    is_average: bool = False
+    # Where m is stored as a ratio: of u times this. The largest ratio is 1.3.
+    ratio_unit: float = 1.0
 
 
 class Scalars(NamedTuple):
@@ -84,14 +88,17 @@ def update_leaf(g, stored_m, stored_u, c, rule, step_dtype):
     mean, norm = formats(stored_m.dtype, stored_u.dtype)
     dtype = arithmetic_dtype(dtype_of(g), stored_m.dtype, stored_u.dtype)
     g, c, u = cast((g, c, norm.read(stored_u, c.u_scale)), dtype)
-    m = cast(mean.read(stored_m, u, norm), dtype)
+    m = cast(mean.read(stored_m, u, norm, rule.ratio_unit), dtype)
 
     # u_t = max(b2 * u_{t-1}, |g_t| + eps), as numbers and as they are stored.
     magnitude, g = _magnitude_and_gradient(g, mean, norm)
     magnitude = maximum_over(magnitude, u.shape)
     magnitude = magnitude + c.eps if rule.eps_inside else magnitude
     u = rule.next_u(NORMS[u.dtype.name], u, magnitude, c)
-    stored_u = norm.next(stored_u, u, magnitude, c, rule.next_u)
+    if rule.is_average:
+        stored_u = norm.average(u, c.dither)
+    else:
+        stored_u = norm.next(stored_u, u, magnitude, c, rule.next_u)
     read_u = as_rounded(u, norm.read(stored_u, c.next_u_scale))
     if c.max_growth is not None:
         g = at_most(g, read_u)
@@ -99,15 +106,16 @@ def update_leaf(g, stored_m, stored_u, c, rule, step_dtype):
     # m_t = b1 * m_{t-1} + (1 - b1) * g_t, in the order of Optax's sum, which the
     # compiler fuses to the same bits.
     m = by_parts(lambda g, m: c.one_minus_b1 * g + c.b1 * m, g, m)
-    stored_m = mean.write(m, read_u, c.dither)
+    stored_m = mean.write(m, read_u, c.dither, rule.ratio_unit)
 
     # m_t / ((1 - b1^t) * u_t), of m and u as they are stored, so that the step matches
     # the state. Its derivatives are those of the unrounded m and u.
     step = _step(g, m, u, c, rule)
     if mean.is_ratio and rule.eps_inside and not rule.nesterov:
-        rounded = c.correction * mean.ratio(stored_m).astype(dtype)
+        ratio = mean.ratio(stored_m, rule.ratio_unit)
+        rounded = c.correction * ratio.astype(dtype)
     else:
-        read_m = cast(mean.read(stored_m, read_u, norm), dtype)
+        read_m = cast(mean.read(stored_m, read_u, norm, rule.ratio_unit), dtype)
         rounded = _step(g, read_m, read_u, c, rule)
     return as_rounded(step, rounded).astype(step_dtype), stored_m, stored_u
 

@@ -17,7 +17,13 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from sequences import STORAGES
 
-from adamax_jax import adamax, full_params, master_weights, set_full_params
+from adamax_jax import (
+    adamax,
+    full_params,
+    lp_adam,
+    master_weights,
+    set_full_params,
+)
 from adamax_jax._lab import bench, compiled, hlo, scale, shapes, targets, traffic
 from adamax_jax._lab.cli import main
 from adamax_jax._lab.contenders import TWO_BYTES
@@ -117,6 +123,22 @@ def test_a_bounded_growth_moves_no_byte_more(dtypes, device):
         assert found.traffic.kernels == 1
         assert found.traffic.moved_bytes == found.ideal_bytes
         assert found.temporary_bytes < SCALARS
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("p", [2.0, 3.5])
+@pytest.mark.parametrize(
+    ("dtypes", "state"), [(("bfloat16", "bfloat16"), 4), (("int8", "uint8"), 2)]
+)
+def test_averages_move_no_byte_more(dtypes, state, p, device):
+    """One kernel, 28 bytes of Adam in float32 to 20 and to 16."""
+    needs(device)
+    optimizer = lp_adam(1e-3, p, m_dtype=dtypes[0], u_dtype=dtypes[1])
+    found = compiled.compile_step(compiled.Contender(optimizer), device)
+    assert found.traffic.kernels == 1
+    assert found.traffic.moved_bytes == found.ideal_bytes
+    assert found.ideal_bytes == (12 + 2 * state) * PARAMETERS
+    assert found.temporary_bytes < SCALARS
 
 
 @pytest.mark.parametrize("device", DEVICES)

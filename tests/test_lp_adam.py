@@ -581,16 +581,10 @@ def exact_dying_mean(p):
 
 def exact_dying_norm(p):
     g = dying_gradients()
-    if p < np.inf:
-        return exact_norm(g, p, b2=np.float64(np.float32(B2)))
-    norms, u = [], 0.0
-    for g_t in np.abs(g, dtype=np.float64):
-        u = np.maximum(np.float64(np.float32(B2)) * u, g_t)
-        norms.append(u)
-    return norms
+    return exact_norm(g, p, b2=np.float64(np.float32(B2)))
 
 
-@pytest.mark.parametrize("p", [2.0, 8.0, np.inf])
+@pytest.mark.parametrize("p", [2.0, 8.0])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_means_of_half_precision_parameters_die(dtype, p):
     """Travel and last step over 20,000 steps, within 4 standard deviations.
@@ -688,8 +682,9 @@ def test_what_it_costs():
     """A logarithm and an exponential for each number more than Adam, whose root falls.
 
     Where p is not a small whole number that is known when it is compiled, two of each.
+    For p = 2 the root, as Adam.
     """
-    for p in (1, 2, 3.0, 16, np.float32(64)):
+    for p in (1, 3.0, 16, np.float32(64)):
         assert operations(scale_by_lp_adam(p)) == {
             "exponential_minus_one": 1,
             "log_plus_one": 1,
@@ -702,5 +697,6 @@ def test_what_it_costs():
             "log_plus_one": 1,
         }
     assert operations(scale_by_lp_adam(jnp.inf)) == {}
+    assert operations(scale_by_lp_adam(2)) == {"sqrt": 1}
     with jax.numpy_dtype_promotion("standard"):
         assert operations(optax.scale_by_adam()) == {"sqrt": 1}

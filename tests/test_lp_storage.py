@@ -1,0 +1,257 @@
+"""m and u of the L^p family in few bytes: averages that are rounded without bias."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sequences import STORAGES
+
+from adamax_jax import (
+    ScaleByAdamaxState,
+    adamax,
+    full_params,
+    lp_adam,
+    lp_adamw,
+    master_weights,
+    scale_by_lp_adam,
+    zero_shardings,
+)
+from adamax_jax._formats import NORMS
+
+B2 = 0.999
+NARROW = {
+    "bfloat16": {"m_dtype": "bfloat16", "u_dtype": "bfloat16"},
+    "three bytes": {"m_dtype": "int8", "u_dtype": "bfloat16"},
+    "two bytes": {"m_dtype": "int8", "u_dtype": "uint8"},
+}
+EVERY_NARROW = pytest.mark.parametrize("storage", NARROW.values(), ids=NARROW)
+# Standard deviations of log(u) for gradients that are noise, as the docstring has them.
+NOISE = {"bfloat16": 0.07, "uint8": 0.28}
+# And how far its mean over coordinates may be off 0.
+LEVEL = {"bfloat16": 0.01, "uint8": 0.06}
+STEPS, COORDINATES = 20_000, 256
+
+
+def read_u(state):
+    return np.asarray(NORMS[state.u.dtype.name].read(state.u, 1.0), np.float64)
+
+
+def exact_u(gradients, p):
+    """In float64, from the paper's v; the u of a mean whose weights add up to 1."""
+    v = np.zeros(gradients.shape[1:])
+    for t, g in enumerate(np.float64(gradients), start=1):
+        w = (1 - B2**p) / (1 - B2 ** (p * t))
+        v = (1 - w) * v + w * np.abs(g) ** p
+    return v ** (1 / p)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(transformation, gradients):
+    def body(state, g):
+        update, state = transformation.update(g, state)
+        return state, update
+
+    return jax.lax.scan(body, transformation.init(gradients[0]), gradients)
+
+
+def kinds():
+    """Sequences of one coordinate."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=STEPS)
+    t = np.arange(STEPS)
+    return {
+        "noise": noise,
+        "constant": np.full(STEPS, 0.7),
+        "spikes": noise * np.where(t % 997 == 0, 100.0, 1.0),
+        "rare": noise * (t % 50 == 0),
+        "fading": noise * np.exp(-t / 2000),
+        "falling": noise * np.where(t < STEPS // 2, 1.0, 1e-3),
+        "ended": noise * (t < STEPS - 5000),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("u_dtype", ["bfloat16", "uint8"])
+@pytest.mark.parametrize("p", [2.0, 3.5])
+def test_u_has_no_bias(p, u_dtype, kind):
+    """Many coordinates of similar gradients, so each with thresholds of its own.
+
+    Of gradients that ended, those with the same u have the same thresholds: there is
+    more noise, and the mean over coordinates has its share of it.
+    """
+    scale = 2.0 ** np.random.default_rng(1).uniform(-1, 1, COORDINATES)
+    gradients = jnp.asarray(kinds()[kind][:, None] * scale, jnp.float32)
+    state, _ = run(scale_by_lp_adam(p, b2=B2, u_dtype=u_dtype), gradients)
+    log = np.log(read_u(state)) - np.log(exact_u(gradients, p))
+    more = 2 if kind == "ended" else 1
+    assert np.std(log) < more * NOISE[u_dtype]
+    assert abs(np.mean(log)) < more**3 * LEVEL[u_dtype]
+
+
+def test_rounded_to_nearest_u_would_stay():
+    """Why it is not: at b2 = 0.999 a step changes u by less than half a unit."""
+    gradients = np.full([3000, COORDINATES], 0.5, np.float32)
+    gradients[0] = 4.0
+    state, _ = run(
+        scale_by_lp_adam(2.0, b2=B2**0.5, u_dtype="uint8"), jnp.asarray(gradients)
+    )
+    exact = np.sqrt(0.25 + 16 * 0.999**3000 * 0.001 / (1 - 0.999**3000))
+    assert abs(np.log(np.mean(read_u(state)) / exact)) < 0.1
+
+
+@EVERY_NARROW
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5, 16.0])
+def test_steps_follow_float32(storage, p):
+    """The same travel, and no step is turned around."""
+    rng = np.random.default_rng(2)
+    g = rng.normal(0.3, 1.0, [4000, COORDINATES]) * 10.0 ** rng.uniform(
+        -4, 3, COORDINATES
+    )
+    g = jnp.asarray(g, jnp.float32)
+    _, expected = run(scale_by_lp_adam(p, b2=B2), g)
+    _, actual = run(scale_by_lp_adam(p, b2=B2, **storage), g)
+    travel, exact = (np.mean(np.asarray(x[500:]), (0, 1)) for x in (actual, expected))
+    assert abs(travel / exact - 1) < (0.09 if "uint8" in storage.values() else 0.01)
+    difference = np.std(np.asarray(actual - expected)[500:])
+    assert difference < (0.5 if "uint8" in storage.values() else 0.1) * np.std(expected)
+
+
+@EVERY_NARROW
+def test_a_step_after_a_rare_gradient_is_longer_than_1(storage):
+    """Up to the bound of 5.15 for p = 2: m in int8 is a ratio to 8 u."""
+    g = np.full([3000, 256], 1e-6, np.float32)
+    g[1000::500] = 1.0
+    g[-10:] = 1.0
+    # Not all alike, or all were rounded alike.
+    g = jnp.asarray(g * np.random.default_rng(0).uniform(0.5, 2, 256), jnp.float32)
+    _, expected = run(scale_by_lp_adam(2.0, b2=B2**0.5), g)
+    _, actual = run(scale_by_lp_adam(2.0, b2=B2**0.5, **storage), g)
+    assert 2.5 < np.max(expected) < 7.27
+    last = slice(-10, None)
+    np.testing.assert_allclose(
+        np.mean(actual[last], 1), np.mean(expected[last], 1), rtol=0.05
+    )
+
+
+@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_infinity_is_adamax(storage, nesterov):
+    g = jnp.asarray(np.random.default_rng(3).normal(size=[50, 40]), jnp.float32)
+    options = {"nesterov": nesterov, **storage}
+    optimizer = lp_adam(0.1, jnp.inf, eps_inside=True, **options)
+    actual, expected = (run(o, g) for o in (optimizer, adamax(0.1, **options)))
+    chex.assert_trees_all_equal(actual, expected)
+    assert isinstance(actual[0][0], ScaleByAdamaxState)
+
+
+@EVERY_NARROW
+def test_a_traced_order(storage):
+    g = jnp.asarray(np.random.default_rng(3).normal(size=[300, 40]), jnp.float32)
+    known, _ = run(scale_by_lp_adam(3.0, **storage), g)
+    traced = jax.jit(lambda p: run(scale_by_lp_adam(p, **storage), g)[0])(3.0)
+    np.testing.assert_allclose(read_u(traced), read_u(known), rtol=0.5)
+    assert abs(np.mean(np.log(read_u(traced) / read_u(known)))) < 0.05
+
+
+@EVERY_NARROW
+def test_none_leaves_m_and_u_as_they_are(storage):
+    params = {"a": jnp.ones(5), "b": jnp.ones(3)}
+    transformation = scale_by_lp_adam(2.0, **storage)
+    _, state = transformation.update(params, transformation.init(params))
+    update, after = transformation.update({"a": params["a"], "b": None}, state)
+    assert update["b"] is None
+    chex.assert_trees_all_equal(
+        (after.m["b"], after.u["b"]), (state.m["b"], state.u["b"])
+    )
+
+
+@pytest.mark.parametrize("u_dtype", ["bfloat16", "uint8"])
+def test_complex_parameters(u_dtype):
+    rng = np.random.default_rng(4)
+    g = jnp.asarray(rng.normal(size=[2000, 64, 2]) @ [1, 1j], jnp.complex64)
+    state, update = run(scale_by_lp_adam(2.0, b2=B2**0.5, u_dtype=u_dtype), g)
+    expected, _ = run(scale_by_lp_adam(2.0, b2=B2**0.5), g)
+    assert state.u.dtype == u_dtype and np.iscomplexobj(update)
+    assert abs(np.mean(np.log(read_u(state) / expected.u))) < 0.05
+
+
+@EVERY_NARROW
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-12, 1e9, 3e38])
+def test_ends_of_the_range(storage, value):
+    """Finite, and downhill; a uint8 u ends at 3.2e9, and so does what m sees."""
+    g = jnp.full([200, 8], value, jnp.float32)
+    state, update = run(scale_by_lp_adam(2.0, eps=0.0, **storage), g)
+    assert np.all(np.isfinite(update)) and np.all(update >= 0)
+    assert np.all(np.isfinite(read_u(state)))
+    if value == 0:
+        assert not np.any(update) and not np.any(read_u(state))
+
+
+@EVERY_NARROW
+def test_not_a_number_is_seen(storage):
+    g = jnp.ones([30, 4]).at[10, 1].set(jnp.nan)
+    _, update = run(scale_by_lp_adam(2.0, **storage), g)
+    assert np.all(np.isnan(update[10:, 1])) and not np.any(np.isnan(update[:, 0]))
+
+
+@EVERY_NARROW
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit])
+def test_derivatives(storage, jit):
+    """Of one step, as if nothing was rounded."""
+
+    def loss(g, optimizer):
+        state = optimizer.init(g)
+        return jnp.sum(optimizer.update(g, state)[0] * jnp.array([1.0, 2.0, 3.0]))
+
+    g = jnp.asarray([0.5, -2.0, 1e-3])
+    for derivative in (jax.grad, jax.jacfwd):
+        actual, expected = (
+            jit(derivative(functools.partial(loss, optimizer=o)))(g)
+            for o in (
+                scale_by_lp_adam(2.0, eps=0.1, **storage),
+                scale_by_lp_adam(2.0, eps=0.1),
+            )
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_adamw_in_six_bytes():
+    """Parameters in bfloat16 with 2 + 2 + 2 bytes each, in a masked tree."""
+    params = {
+        "kernel": jnp.ones([32, 8], jnp.bfloat16),
+        "bias": jnp.ones(8, jnp.bfloat16),
+    }
+    optimizer = master_weights(
+        lp_adamw(1e-3, 2.0, mask={"kernel": True, "bias": False}, **NARROW["two bytes"])
+    )
+    state = optimizer.init(params)
+    arrays = [x for x in jax.tree.leaves((params, state)) if x.ndim]
+    assert sum(x.nbytes for x in arrays) == 6 * (32 * 8 + 8)
+    updates, state = optimizer.update(params, state, params)
+    with jax.numpy_dtype_promotion("standard"):
+        params = optax.apply_updates(params, updates)
+    full = full_params(params, state)
+    np.testing.assert_allclose(full["kernel"], 1 - 1e-3 - 1e-7, rtol=1e-4)
+
+
+@EVERY_NARROW
+def test_shardings(storage):
+    mesh = jax.make_mesh((1,), ("data",))
+    params = {"kernel": jnp.ones([8, 4])}
+    state = zero_shardings(scale_by_lp_adam(2.0, **storage), params, mesh, "data")
+    assert state.u["kernel"].spec[0] == state.m["kernel"].spec[0] == "data"
+
+
+@pytest.mark.parametrize("name", ["m_dtype", "u_dtype"])
+def test_errors(name):
+    with pytest.raises(ValueError, match=f"{name} must be None or one of float64, "):
+        lp_adam(0.1, 2.0, **{name: "float16"})
+    with pytest.raises(ValueError, match=r"m_dtype=int8 stores m/u, .*b1 < b2"):
+        lp_adam(0.1, 2.0, b1=0.9, b2=0.8, m_dtype="int8")
+    state = scale_by_lp_adam(2.0, **NARROW["two bytes"]).init(jnp.ones(2))
+    with pytest.raises(TypeError, match=r"m .* has dtype int8, but .* stores float32"):
+        scale_by_lp_adam(2.0).update(jnp.ones(2), state)
