@@ -25,6 +25,13 @@ from adamax_jax import (
     to_optax,
 )
 
+SHORT = (
+    "own {}",
+    "two bytes {'max_growth': 1.1}",
+    "L^2.0",
+    "two bytes int8",
+    "two bytes",
+)
 PARAMS = {
     "matrix": jnp.ones([3, 4]),
     "half": jnp.ones([2, 3], jnp.bfloat16),
@@ -49,6 +56,14 @@ OPTIMIZERS |= {
     f"{storage} {residual}": master_weights(adamax(1e-3, **STORAGES[storage]), residual)
     for storage, residual in itertools.product(STORAGES, ("int8", "int16"))
 }
+
+
+def short(names):
+    """The names, those that are not short marked as long."""
+    return [
+        name if name in SHORT else pytest.param(name, marks=pytest.mark.long)
+        for name in names
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +91,7 @@ def steps(optimizer, params=PARAMS, count=3):
     return state
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", short(OPTIMIZERS))
 def test_updates(name):
     steps(OPTIMIZERS[name])
 
@@ -86,9 +101,9 @@ def test_complex_updates():
     steps(lp_adam(1e-3, 3.0), {"a": jnp.ones(2, jnp.complex64)})
 
 
-@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
-def test_tools(storage):
-    state = steps(adamax(1e-3, **storage))
+@pytest.mark.parametrize("name", short(STORAGES))
+def test_tools(name):
+    state = steps(adamax(1e-3, **STORAGES[name]))
     moments(state)
     str(diagnose(state))
     from_optax(to_optax(state))
@@ -108,7 +123,7 @@ def test_weights_in_full(dtype, residual_dtype):
     set_full_params(params, state, {"w": jnp.full(3, 0.1)})
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", short(OPTIMIZERS))
 def test_float64_of_numpy_makes_no_warnings(name):
     """JAX takes it for float32, and so do we."""
     params = {"matrix": np.ones([3, 4]), "bias": np.zeros(3)}

@@ -74,9 +74,17 @@ def kinds():
     }
 
 
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind
+        if kind in ("noise", "constant", "rare")
+        else pytest.param(kind, marks=pytest.mark.long)
+        for kind in kinds()
+    ],
+)
 @pytest.mark.parametrize("u_dtype", ["bfloat16", "uint8"])
-@pytest.mark.parametrize("p", [2.0, 3.5])
+@pytest.mark.parametrize("p", [2.0, pytest.param(3.5, marks=pytest.mark.long)])
 def test_u_has_no_bias(p, u_dtype, kind):
     """Many coordinates of similar gradients, so each with thresholds of its own.
 
@@ -104,7 +112,9 @@ def test_rounded_to_nearest_u_would_stay():
 
 
 @EVERY_NARROW
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.5, 16.0])
+@pytest.mark.parametrize(
+    "p", [2.0, *(pytest.param(p, marks=pytest.mark.long) for p in (1.0, 3.5, 16.0))]
+)
 def test_steps_follow_float32(storage, p):
     """The same travel, and no step is turned around."""
     rng = np.random.default_rng(2)

@@ -27,8 +27,17 @@ PAGE = page("checkpoints")
 OPTIMIZER = 'adamax(1e-2, m_dtype="int8", u_dtype="uint8")'
 EVERY_STORAGE = pytest.mark.parametrize(
     "storage",
-    [*STORAGES.values(), {"m_dtype": "int8", "shared_axes": -1}],
-    ids=[*STORAGES, "shared"],
+    [
+        *(
+            pytest.param(
+                STORAGES[name],
+                id=name,
+                marks=[] if name == "two bytes" else pytest.mark.long,
+            )
+            for name in STORAGES
+        ),
+        pytest.param({"m_dtype": "int8", "shared_axes": -1}, id="shared"),
+    ],
 )
 # u without drift, m rounded up or down once more.
 TOLERANCE = {"rtol": 0.13, "atol": 0.02}
