@@ -95,6 +95,10 @@ def test_u_has_no_bias(p, u_dtype, kind):
     gradients = jnp.asarray(kinds()[kind][:, None] * scale, jnp.float32)
     state, _ = run(scale_by_lp_adam(p, b2=B2, u_dtype=u_dtype), gradients)
     log = np.log(read_u(state)) - np.log(exact_u(gradients, p))
+    if kind == "noise" and p == 2:
+        # As the docstring has it.
+        expected = {"bfloat16": 0.03, "uint8": 0.21}[u_dtype]
+        assert np.std(log) == pytest.approx(expected, rel=0.2)
     more = 2 if kind == "ended" else 1
     assert np.std(log) < more * NOISE[u_dtype]
     assert abs(np.mean(log)) < more**3 * LEVEL[u_dtype]

@@ -88,6 +88,31 @@ def check_a_sharded_state_beside_replicated_gradients():
                     assert np.isfinite(derivative(g)).all()
 
 
+def check_a_replicated_state_beside_sharded_gradients():
+    """The other way round, eager and compiled, forward and in reverse."""
+    if jax.__version_info__ < (0, 8):
+        # Its types forget the sharding of some results.
+        return
+    mesh = mesh_of(AxisType.Explicit)
+    with set_mesh(mesh):
+        whole = jax.device_put(jnp.ones([4, 8]), NamedSharding(mesh, P()))
+        g = jax.device_put(whole, NamedSharding(mesh, P(None, "data")))
+        for optimizer in (
+            scale_by_adamax(max_growth=2.0, u_dtype="uint8"),
+            scale_by_lp_adam(2.0),
+            scale_by_lp_adam(2.5, m_dtype="int8", u_dtype="uint8"),
+        ):
+            state = optimizer.init(whole)
+
+            def total(g, optimizer=optimizer, state=state):
+                return jnp.sum(optimizer.update(2 * g, state)[0])
+
+            for jit in (lambda function: function, jax.jit):
+                step, _ = jit(optimizer.update)(g, state)
+                np.testing.assert_allclose(step, 1, rtol=0.13)
+                assert np.isfinite(jit(jax.grad(total))(g)).all()
+
+
 def check_updates_need_no_exchange():
     """The state follows the parameters' sharding; no device hears of another."""
     mesh = mesh_of(AxisType.Auto)
@@ -322,6 +347,7 @@ CHECKS = eight_devices.named(
     check_bfloat16_models,
     check_explicit_types,
     check_a_sharded_state_beside_replicated_gradients,
+    check_a_replicated_state_beside_sharded_gradients,
     check_updates_need_no_exchange,
     check_no_bit_depends_on_the_layout,
     check_leaves_of_one_coordinate_a_device,
