@@ -224,10 +224,10 @@ class Uint8Norm(_ScaledNorm):
 
     def average(self, u, dither):
         bits = _bits(jnp.abs(u))
-        carry = _own_carry(dither, self.SHIFT, bits)
-        code = jnp.minimum((bits >> self.SHIFT) - self.OFFSET, self.LAST)
-        below = bits & ((1 << self.SHIFT) - 1)
-        code = code + ((below + carry) >> self.SHIFT)
+        # A carry of NaN goes on to the sign bit.
+        bits_up = bits + _own_carry(dither, self.SHIFT, bits)
+        code = lax.shift_right_logical(bits_up, jnp.int32(self.SHIFT)) - self.OFFSET
+        # What is not 0 does not become 0.
         code = jnp.clip(code, jnp.minimum(bits, 1), self.LAST)
         return narrowed(code, jnp.uint8)
 

@@ -107,8 +107,8 @@ def master_weights(
     Raises:
       ValueError: If ``residual_dtype`` is another dtype; by ``update``, without
         parameters, or if a residual does not have its parameter's shape.
-      TypeError: If ``residual_dtype`` is no dtype; by ``init``, if a parameter has 8
-        bits or is no array; by ``update``, if the state is another optimizer's or a
+      TypeError: If ``optimizer`` is none or ``residual_dtype`` is no dtype; by
+        ``init``, if a parameter has 8 bits or is no array; by ``update``, if the state is another optimizer's or a
         parameter has other than half precision where it had that at ``init``, or the
         other way round.
 

@@ -66,6 +66,7 @@ def zero_shardings(
     Raises:
       ValueError: If the mesh has no such axis, or a parameter is sharded over another
         mesh.
+      TypeError: If ``optimizer`` has no ``init`` and ``update``.
 
     Warns:
       UserWarning: Once, if arrays of several numbers have no dimension that the axis

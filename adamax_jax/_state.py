@@ -147,8 +147,8 @@ def insert_state(
 
     Raises:
       ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in one of the
-        two, they differ in the paths or shapes of m or u, or ``missing`` is another
-        string.
+        two, they differ in the paths or shapes of m or u, ``missing`` is another
+        string, or an ensemble's state (``jax.vmap``) would be stored otherwise.
 
     Examples:
       >>> import jax.numpy as jnp, optax

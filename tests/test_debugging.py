@@ -87,7 +87,9 @@ def debug_nans(request):
 def steps(optimizer, params=PARAMS, count=3):
     state = optimizer.init(params)
     for _ in range(count):
-        _, state = optimizer.update(params, state, params)
+        updates, state = optimizer.update(params, state, params)
+    for update in jax.tree.leaves(updates):
+        assert np.isfinite(update).all()
     return state
 
 
