@@ -108,9 +108,9 @@ def master_weights(
       ValueError: If ``residual_dtype`` is another dtype; by ``update``, without
         parameters, or if a residual does not have its parameter's shape.
       TypeError: If ``optimizer`` is none or ``residual_dtype`` is no dtype; by
-        ``init``, if a parameter has 8 bits or is no array; by ``update``, if the state is another optimizer's or a
-        parameter has other than half precision where it had that at ``init``, or the
-        other way round.
+        ``init``, if a parameter has 8 bits or is no array; by ``update``, if the
+        state is another optimizer's or a parameter has other than half precision where
+        it had that at ``init``, or the other way round.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
