@@ -211,8 +211,10 @@ class Uint8Norm(_ScaledNorm):
     infinity, LAST = (_INFINITY >> SHIFT) - OFFSET, 255
 
     def read(self, stored, u_scale):
-        u = _float((stored.astype(jnp.int32) + self.OFFSET) << self.SHIFT)
-        return jnp.where(stored == 0, 0, u) * _float32(u_scale)
+        code = stored.astype(jnp.int32)
+        # Not a choice: XLA:CPU would write the numbers to memory for two readers.
+        bits = (code + self.OFFSET * jnp.minimum(code, 1)) << self.SHIFT
+        return _float(bits) * _float32(u_scale)
 
     def encode(self, u, u_scale):
         bits = _bits(jnp.abs(_float32(u) * (1 / _float32(u_scale))))

@@ -37,7 +37,7 @@ from adamax_jax._update import (
     scalar_dtype,
     update_leaf,
 )
-from adamax_jax._xla import larger, smaller
+from adamax_jax._xla import as_rounded, larger, smaller
 
 # Stands for an order of infinity. A power of 1 to it is 1, where 1^infinity is not
 # defined, and its product with any count is finite; in float32 the results are those
@@ -442,11 +442,15 @@ class MeanOfOrder(NamedTuple):
 
     def __call__(self, norm, u, magnitude, c):
         """((1 - w) u^p + w |g|^p)^(1/p), in floats; no power of it exceeds 1."""
+        if self.known_p == 2:
+            return _quadratic_mean(u, magnitude, c)
         old, new = c.decay * u, c.weight * magnitude
         # Of two equal terms the old one is the high one, as in is_close below.
         high, low = larger(new, old), smaller(new, old)
         ratio = divide(low, jnp.where(high == 0, 1, high))
-        gain = _root(_power(ratio, c.p, self.known_p), c.p, self.known_p)
+        power = _power(ratio, c.p, self.known_p)
+        # (1 + power)^(1/p) - 1, without the rounding of 1 + power.
+        gain = jnp.expm1(jnp.log1p(power) / c.p)
         # An average changes by little at a step and remembers an error of it for long:
         # the change is added to u, instead of multiplying by a number close to 1.
         is_close = (new <= old) & (c.decay > 0.5)
@@ -460,11 +464,27 @@ class MeanOfOrder(NamedTuple):
         return jnp.where(c.p < _INFINITE_ORDER, mean, high)
 
 
-def _root(x, p, known_p):
-    """(1 + x)^(1/p) - 1, without the rounding of 1 + x."""
-    if known_p == 2:
-        return x / (1 + jnp.sqrt(1 + x))
-    return jnp.expm1(jnp.log1p(x) / p)
+def _quadratic_mean(u, magnitude, c):
+    """sqrt((1 - w) u^2 + w |g|^2): p = 2, in half the time of the other orders."""
+    # As u^2 + w (|g|^2 - u^2), which leaves u where it is if |g| = u: an average
+    # remembers a rounding error for long. Where the weight is large, the difference
+    # would round |g| away.
+    w = c.weight**2
+    is_slow = w < 0.5
+    past = jnp.where(is_slow, 1, c.decay) * u
+    high = jnp.maximum(past, magnitude)
+    # Scaled by a power of 2, no square overflows, or vanishes but beside the other.
+    limit = 2.0 ** (jnp.finfo(u.dtype).maxexp * 5 // 16)
+    is_huge, is_tiny = high > limit, high < 1 / limit
+    scale = jnp.where(is_huge, limit**-2, jnp.where(is_tiny, limit**2, 1.0))
+    inverse = jnp.where(is_huge, limit**2, jnp.where(is_tiny, limit**-2, 1.0))
+    old, new = (scale * past) ** 2, (scale * magnitude) ** 2
+    square = old + w * (new - jnp.where(is_slow, old, 0))
+    # The inner where keeps the derivative at 0 finite.
+    is_zero = square == 0
+    mean = inverse * jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+    # Rounded, a mean might be above the larger of its numbers, and infinite.
+    return as_rounded(mean, jnp.minimum(mean, jnp.maximum(u, magnitude)))
 
 
 def _power(x, p, known_p):

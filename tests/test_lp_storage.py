@@ -145,9 +145,10 @@ def test_a_step_after_a_rare_gradient_is_longer_than_1(storage):
     _, expected = run(scale_by_lp_adam(2.0, b2=B2**0.5), g)
     _, actual = run(scale_by_lp_adam(2.0, b2=B2**0.5, **storage), g)
     assert 2.5 < np.max(expected) < 7.27
+    # Codes of m are a sixteenth apart at most, and all are rounded alike.
     last = slice(-10, None)
     np.testing.assert_allclose(
-        np.mean(actual[last], 1), np.mean(expected[last], 1), rtol=0.05
+        np.mean(actual[last], 1), np.mean(expected[last], 1), rtol=1 / 16
     )
 
 
