@@ -1,8 +1,9 @@
-"""AdaMax for JAX: Adam with the infinity norm, as Optax transformations."""
+"""From Adam to AdaMax for JAX, in few bytes, as Optax transformations."""
 
 from importlib.metadata import version
 
-# AdaMax, and the family it is the end of.
+# Adam, AdaMax, and the family between them.
+from adamax_jax._adam import adam, adamw, scale_by_adam
 from adamax_jax._adamax import ScaleByAdamaxState, adamax, adamaxw, scale_by_adamax
 
 # Figures of a state.
@@ -38,8 +39,10 @@ __all__ = [
     "MasterWeightsState",
     "ScaleByAdamaxState",
     "ScaleByLpAdamState",
+    "adam",
     "adamax",
     "adamaxw",
+    "adamw",
     "convert_state",
     "diagnose",
     "from_optax",
@@ -50,6 +53,7 @@ __all__ = [
     "lp_adamw",
     "master_weights",
     "moments",
+    "scale_by_adam",
     "scale_by_adamax",
     "scale_by_lp_adam",
     "set_full_params",

@@ -163,13 +163,14 @@ def _check_scale(state):
         )
 
 
-def check_numbers(state: Any) -> None:
+def check_numbers(state: Any, unit: float) -> None:
     """Raises ValueError for numbers that m and u_scale never have. Needs some of them.
 
-    m is at most about u, and not whole numbers, unless all gradients were. So whole
-    numbers, some of which are large and above u, are codes of int8 that were cast.
+    m is at most about u times ``unit``, and not whole numbers, unless all gradients
+    were. So whole numbers, some of which are large and above u, are codes of int8 that
+    were cast.
     """
-    (u_scale,) = jax.tree.leaves(state.u_scale)
+    (u_scale,) = jax.tree.leaves(getattr(state, "u_scale", 1.0))
     if is_known(u_scale):
         values = jax.device_get(u_scale)
         if not np.all((values == 0) | ((values >= 1) & (values < 2))):
@@ -188,7 +189,7 @@ def check_numbers(state: Any) -> None:
             return
         u = NORMS[u.dtype.name].read(u, u_scale)
         size = jnp.abs(m).astype(u.dtype)
-        is_above = is_above or bool(jnp.any((size >= 16) & (size > 1.31 * u)))
+        is_above = is_above or bool(jnp.any((size >= 16) & (size > 1.31 * unit * u)))
     if is_above:
         raise ValueError(
             "The state's m is whole numbers, some above its u: codes of int8 that were "
@@ -205,14 +206,18 @@ def is_known(x: Any) -> bool:
     )
 
 
-def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
-    """Refuses one byte for m, stored as its ratio to u, where that is not bounded."""
+def check_ratio(b1: Any, b2: Any, m_dtype: Any, power: int = 1) -> None:
+    """Raises ValueError for one byte for m, stored as its ratio to u, if not bounded.
+
+    It is bounded if ``b1^power < b2``.
+    """
     if m_dtype is None or not MEANS[m_dtype.name].is_ratio:
         return
-    if isinstance(b1, float) and isinstance(b2, float) and b1 >= b2:
+    if isinstance(b1, float) and isinstance(b2, float) and b1**power >= b2:
+        rate = "b1" if power == 1 else f"b1^{power}"
         raise ValueError(
             f"m_dtype={jnp.dtype(m_dtype).name} stores m/u, which is bounded only for "
-            f"b1 < b2, got b1={b1} and b2={b2}. Use bfloat16 or float32 for m."
+            f"{rate} < b2, got b1={b1} and b2={b2}. Use bfloat16 or float32 for m."
         )
 
 
@@ -344,6 +349,8 @@ def check_state(state: Any, kind: type) -> None:
             if isinstance(state, optax.ScaleByAdamState):
                 hint += "; from_optax converts that of optax.adamax"
             hint += "."
+        elif isinstance(state, optax.ScaleByAdamState):
+            hint = " from_optax converts that of optax.adam, with adam_b2."
         raise TypeError(
             "update takes the gradients, the state and the parameters, in this order. "
             f"The state is of type {type(state).__name__}, but this optimizer's is a "

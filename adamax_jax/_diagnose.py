@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from adamax_jax._checks import check_eps
 from adamax_jax._formats import formats
 from adamax_jax._numerics import arithmetic_dtype, cast, number, quotient
-from adamax_jax._state import read, scale_of, some_states
+from adamax_jax._state import ratio_unit, read, scale_of, some_states
 from adamax_jax._trees import name_of
 
 # |m| below this share of u: recent gradients are far below those that u remembers.
@@ -175,10 +175,11 @@ def diagnose(
 
     ``rms``, ``max``
       Root mean square and maximum of ``|m/u|``, which lies between 0 and 1.0091 (at
-      the default decay rates): the length of a step as a share of the learning rate,
-      but for the bias correction of the first steps. An ``rms`` near 1 says that
-      gradients keep their sign: the learning rate may be larger. Gradients that are
-      mere noise have about 0.1. If it is much smaller, look at ``stale``.
+      the default decay rates; 7.27 for :func:`adam`): the length of a step as a
+      fraction of the learning rate, but for the bias correction of the first steps. An
+      ``rms`` near 1 says that gradients keep their sign: the learning rate may be
+      larger. Gradients that are mere noise have about 0.1 (Adam: 0.23). If it is much
+      smaller, look at ``stale``.
     ``unseen``
       The fraction of coordinates where m is 0 and u not above ``eps``: they never saw a
       gradient, or not for so long that u has decayed to that. Dead units, parameters
@@ -189,11 +190,12 @@ def diagnose(
       The fraction of the other coordinates with ``|m| < u/1000``: u remembers
       gradients far above the recent ones, and the coordinate nearly stands still. A
       spike k times the usual gradient is forgotten after
-      ``ln(k) / (1 - b2)`` steps. Set ``b2=0.99, max_growth=1.1``, with which
-      a single spike holds nothing back. Under noise alone it is about 0.01. Where it is
-      1, gradients have stopped altogether. A spike raises it from one step to the next;
-      where it creeps up while the loss goes to zero, gradients have become small: the
-      run has converged, or a smaller ``b2`` lets u follow them.
+      ``ln(k) / (1 - b2)`` steps, by Adam after twice as many. For AdaMax set
+      ``b2=0.99, max_growth=1.1``, with which a single spike holds nothing back. Under
+      noise alone it is about 0.01. Where it is 1, gradients have stopped altogether. A
+      spike raises it from one step to the next; where it creeps up while the loss goes
+      to zero, gradients have become small: the run has converged, or a smaller ``b2``
+      lets u follow them.
     ``decades``
       The decimal logarithm of the largest u over the smallest, without unseen
       coordinates: how badly the problem is scaled, and what ``u_dtype`` must span.
@@ -212,22 +214,22 @@ def diagnose(
     none, but its largest number.
 
     Args:
-      state: A :class:`ScaleByAdamaxState`, or an optimizer's state with some in it.
+      state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
+        optimizer's state with some of them in it.
       eps: The optimizer's ``eps``; with another one ``unseen`` is wrong.
       depth: Puts the parameters together whose paths begin with the same ``depth``
         parts (a key, an index or an attribute is one); None for each on its own.
 
     Returns:
       A :class:`Diagnosis`. Of more than 40 parameters it prints the worst. Its paths
-      are those of errors, of ``jax.tree_util.keystr``; where the state holds several
-      :class:`ScaleByAdamaxState`, as from ``optax.partition``, each begins with the
+      are those of errors, of ``jax.tree_util.keystr``; where there are several
+      such states, as from ``optax.partition``, each begins with the
       path to its own. In ``jax.jit`` it is a tree of arrays as any other; printed
       outside, it is a table, of several steps or runs one of ranges.
 
     Raises:
-      ValueError: If there is no :class:`ScaleByAdamaxState` in the state, it is that of
-        an ensemble (``jax.vmap`` this function then), ``eps`` is negative or not
-        finite, or ``depth`` is below 1.
+      ValueError: If there is no such state, it is that of an ensemble (``jax.vmap``
+        this function then), ``eps`` is negative or not finite, or ``depth`` is below 1.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -247,14 +249,14 @@ def diagnose(
         raise ValueError(f"depth must be None or an integer above 0, got {depth!r}.")
     found = some_states(state)
     names, rows = [], []
-    for state_path, adamax_state in found:
+    for state_path, part in found:
         prefix = jax.tree_util.keystr(state_path) if len(found) > 1 else ""
-        u_scale = scale_of(adamax_state)
-        leaves = jax.tree.leaves_with_path(adamax_state.m)
-        for (path, m), u in zip(leaves, jax.tree.leaves(adamax_state.u), strict=True):
+        u_scale, unit = scale_of(part), ratio_unit(part)
+        leaves = jax.tree.leaves_with_path(part.m)
+        for (path, m), u in zip(leaves, jax.tree.leaves(part.u), strict=True):
             path = path[:depth]
             names.append(prefix + jax.tree_util.keystr(path) or name_of(path))
-            rows.append(_row(m, u, u_scale, eps))
+            rows.append(_row(m, u, u_scale, unit, eps))
     dtypes = [x.dtype for x in jax.tree.leaves(rows)]
     rows = cast(rows, arithmetic_dtype(jnp.result_type(float), *dtypes))
     table = jnp.asarray(rows).reshape([len(rows), len(_Sums._fields)])
@@ -282,13 +284,13 @@ class _Sums(NamedTuple):
 
 
 @jax.jit
-def _row(stored_m, stored_u, u_scale, eps):
+def _row(stored_m, stored_u, u_scale, unit, eps):
     """The sums of one parameter: an array of eight numbers.
 
     What is computed of them is computed of a table of all: XLA takes far longer to
     compile many operations on scalars.
     """
-    m, u = read(stored_m, stored_u, u_scale)
+    m, u = read(stored_m, stored_u, u_scale, unit)
     m = jnp.abs(m).astype(u.dtype)
     ratio = quotient(m, u)
     # The optimizer's eps may have been rounded to float32.

@@ -1,4 +1,4 @@
-"""States of other libraries' AdaMax, and back to Optax."""
+"""States of other libraries' Adam and AdaMax, and back to Optax."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -8,66 +8,116 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from adamax_jax._adamax import ScaleByAdamaxState
+from adamax_jax._checks import check_decay
 from adamax_jax._formats import default_dtype
+from adamax_jax._lp_adam import ScaleByLpAdamState
+from adamax_jax._numerics import arithmetic_dtype, quotient
 from adamax_jax._shared_axes import reshare
-from adamax_jax._state import copied, map_states, read_moments, stored_as
+from adamax_jax._state import (
+    copied,
+    find_states,
+    map_states,
+    read_moments,
+    stored_as,
+    unwrapped,
+)
 from adamax_jax._trees import is_trained, name_of
+from adamax_jax._update import one_minus_power
 
 
-def from_optax(state: optax.OptState) -> optax.OptState:
-    """The state of a running ``optax.adamax``, to be continued here.
+def from_optax(
+    state: optax.OptState, *, adam_b2: ArrayLike | None = None
+) -> optax.OptState:
+    """The state of a running Optax Adam or AdaMax, to be continued here.
 
-    Every ``optax.ScaleByAdamState`` in the state becomes a :class:`ScaleByAdamaxState`
-    with m = mu and u = nu in their shapes and dtypes (u real, both bfloat16 where they
-    have fewer than 32 bits): for an optimizer with ``shared_axes`` or another storage,
-    put it in with :func:`insert_state`. Optax's Adam has a state of the same type:
-    whether the optimizer was an AdaMax, only the caller knows.
+    Optax's two have a state of the same type: which one ran, only the caller knows.
+    Every ``optax.ScaleByAdamState`` in the state becomes
+
+    - without ``adam_b2``, a :class:`ScaleByAdamaxState` with m = mu and u = nu, of
+      ``optax.adamax``;
+    - with it, a :class:`ScaleByLpAdamState` with m = mu and u = sqrt(nu / (1 -
+      adam_b2^count)), of ``optax.adam``, ``adamw`` and others made of
+      ``optax.scale_by_adam``.
+
+    m has the dtype of mu, and u is real, of that of nu (for :func:`adam` float32 at
+    least), bfloat16 below 32 bits. For an optimizer with ``shared_axes`` or another
+    storage use :func:`insert_state` or :func:`convert_state` next.
 
     Args:
       state: An ``optax.ScaleByAdamState``, or an optimizer's state with some in it;
         what else is in it stays as it is.
+      adam_b2: The ``b2`` of the Adam that ran, 0.999 by default in Optax; None for
+        an AdaMax.
 
     Returns:
-      The state, in the same containers, which are those of :func:`adamax` and
-      :func:`adamaxw`, but for ``optax.adamaxw`` with a mask or a scheduled decay: for
-      these, :func:`insert_state` puts the :class:`ScaleByAdamaxState` into a new state.
-      It shares no memory with the given one.
+      The state, in the same containers, which are those of :func:`adam`,
+      :func:`adamw`, :func:`adamax` and :func:`adamaxw`, but for ``optax.adamw`` and
+      ``optax.adamaxw`` with a mask or a scheduled decay: for these,
+      :func:`insert_state` puts it into a new state. It shares no memory with the given
+      one.
 
     Raises:
-      ValueError: If there is no ``optax.ScaleByAdamState`` in the state.
+      ValueError: If there is no ``optax.ScaleByAdamState`` in the state, or ``adam_b2``
+        is outside [0, 1).
+      TypeError: If ``adam_b2`` is not a number or a scalar array of at least 32 bits.
 
     Examples:
       >>> import jax.numpy as jnp, optax
-      >>> from adamax_jax import adamax, from_optax
+      >>> from adamax_jax import adam, adamax, convert_state, from_optax
       >>> gradient = jnp.array([2.0, -0.5])
       >>> state = from_optax(optax.adamax(0.1).init(gradient))
       >>> update, state = adamax(0.1).update(gradient, state)
       >>> state[0].count, state[0].u
       (Array(1, dtype=int32), Array([2. , 0.5], dtype=float32))
+
+      An Adam that goes on in two bytes:
+
+      >>> optimizer = optax.adam(0.1)
+      >>> _, state = optimizer.update(gradient, optimizer.init(gradient))
+      >>> state = from_optax(state, adam_b2=0.999)
+      >>> state = convert_state(state, m_dtype="int8", u_dtype="uint8")
+      >>> optimizer = adam(0.1, m_dtype="int8", u_dtype="uint8")
+      >>> update, state = optimizer.update(gradient, state)
     """
-    return copied(map_states(_from_scale_by_adam, state, optax.ScaleByAdamState))
+    if adam_b2 is None:
+        convert = _adamax_of_optax
+    else:
+        b2 = check_decay("adam_b2", adam_b2)
+
+        def convert(state):
+            return _adam_of_optax(state, b2)
+
+    return copied(map_states(convert, state, optax.ScaleByAdamState))
 
 
-def to_optax(state: optax.OptState) -> optax.OptState:
-    """A state as ``optax.adamax`` keeps it, for tools that look for mu and nu.
+def to_optax(
+    state: optax.OptState, *, adam_b2: ArrayLike | None = None
+) -> optax.OptState:
+    """A state as Optax's Adam or AdaMax keeps it, for tools that look for mu and nu.
 
     Every :class:`ScaleByAdamaxState` in the state becomes an ``optax.ScaleByAdamState``
     with mu = m and nu = u as :func:`moments` gives them: in float32 at least. A shared
-    u is repeated along its axes.
+    u is repeated along its axes. Every :class:`ScaleByLpAdamState`, of :func:`adam` or
+    another optimizer with p = 2, becomes one with nu = u^2 (1 - adam_b2^count).
 
     Args:
-      state: A :class:`ScaleByAdamaxState`, or an optimizer's state with some in it;
-        what else is in it stays as it is.
+      state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
+        optimizer's state with some of them in it; what else is in it stays as it is.
+      adam_b2: The ``b2`` of :func:`adam`, which runs on in Optax.
 
     Returns:
       The state, in the same containers; it shares no memory with the given one.
-      ``from_optax`` brings back the numbers, and to the bit where m and u were stored
-      in 32 bits or more.
+      ``from_optax`` brings back the numbers, and to the bit where m and the u of an
+      AdaMax were stored in 32 bits or more.
 
     Raises:
-      ValueError: If there is no :class:`ScaleByAdamaxState` in the state.
+      ValueError: If there is none of these states, there is a
+        :class:`ScaleByLpAdamState` but no ``adam_b2``, or ``adam_b2`` is outside
+        [0, 1).
+      TypeError: If ``adam_b2`` is not a number or a scalar array of at least 32 bits.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -77,7 +127,15 @@ def to_optax(state: optax.OptState) -> optax.OptState:
       ScaleByAdamState(count=Array(0, dtype=int32),
           mu=Array([0., 0.], dtype=float32), nu=Array([0., 0.], dtype=float32))
     """
-    return copied(map_states(_to_scale_by_adam, state, ScaleByAdamaxState))
+    b2 = None if adam_b2 is None else check_decay("adam_b2", adam_b2)
+    if b2 is None and find_states(state, ScaleByLpAdamState):
+        raise ValueError(
+            "The state holds a ScaleByLpAdamState, whose u^2 is divided by "
+            "1 - b2^count, as nu in Optax is not: give the optimizer's b2 as adam_b2, "
+            "such as to_optax(state, adam_b2=0.999). (Of lp_adam with another p than 2 "
+            "there is no state in Optax.)"
+        )
+    return copied(map_states(lambda part: _to_scale_by_adam(part, b2), state))
 
 
 def from_torch(
@@ -176,11 +234,8 @@ def _stored(m, u):
     )
 
 
-def _from_scale_by_adam(state):
-    # Optax makes zeros for integers too, which have no gradients.
-    m = jax.tree.map(lambda m: m if is_trained(m) else None, state.mu)
-    u = jax.tree.map(lambda u: jnp.real(u) if is_trained(u) else None, state.nu)
-    m, u = _stored(m, u)
+def _adamax_of_optax(state):
+    m, u = _stored(*_trained(state))
     return ScaleByAdamaxState(
         count=state.count,
         m=m,
@@ -191,9 +246,39 @@ def _from_scale_by_adam(state):
     )
 
 
-def _to_scale_by_adam(state):
+def _adam_of_optax(state, b2):
+    m, nu = _trained(state)
+    m = jax.tree.map(lambda m: m.astype(default_dtype(m.dtype)), m)
+
+    def root(nu):
+        nu = nu.astype(arithmetic_dtype(nu.dtype))
+        # Before the first step, nu is 0 as well.
+        return jnp.sqrt(quotient(nu, _share_of_memory(state, b2, nu)))
+
+    return ScaleByLpAdamState(count=state.count, m=m, u=jax.tree.map(root, nu))
+
+
+def _trained(state):
+    """mu and nu, real, of what has gradients: Optax makes zeros for integers too."""
+    mu = jax.tree.map(lambda m: m if is_trained(m) else None, state.mu)
+    nu = jax.tree.map(lambda u: jnp.real(u) if is_trained(u) else None, state.nu)
+    return mu, nu
+
+
+def _share_of_memory(state, b2, u):
+    """1 - b2^count, of u's shape; each member of an ensemble has its own count."""
+    count = unwrapped(state.count)
+    t = jnp.asarray(count, u.dtype)
+    share = one_minus_power(b2, t).reshape(t.shape + (1,) * (u.ndim - t.ndim))
+    return jnp.broadcast_to(share, u.shape)
+
+
+def _to_scale_by_adam(state, b2):
     m, u = read_moments(state)
-    nu = jax.tree.map(lambda m, u: reshare(u, m.shape), m, u)
+    if isinstance(state, ScaleByLpAdamState):
+        nu = jax.tree.map(lambda u: u**2 * _share_of_memory(state, b2, u), u)
+    else:
+        nu = jax.tree.map(lambda m, u: reshare(u, m.shape), m, u)
     return optax.ScaleByAdamState(count=state.count, mu=m, nu=nu)
 
 

@@ -47,7 +47,7 @@ _INFINITE_ORDER = 1e28
 _LARGEST_PRODUCT = 64
 # In int8 m is stored as m / (8 u), up to 10.4 in size: at p = 2 its bound is 5.15, and
 # 7.27 at Optax's rates. A power of two, which rounds nothing.
-_RATIO_UNIT = 8.0
+RATIO_UNIT = 8.0
 
 
 class ScaleByLpAdamState(NamedTuple):
@@ -190,6 +190,7 @@ def scale_by_lp_adam(
       <https://arxiv.org/abs/2106.05449>`_, 2021, on p other than 2.
     """
     p = check_order("p", p)
+    m_dtype = check_dtype("m_dtype", m_dtype, MEANS)
     if isinstance(p, float) and math.isinf(p):
         return scale_by_adamax(
             b1,
@@ -200,12 +201,47 @@ def scale_by_lp_adam(
             m_dtype=m_dtype,
             u_dtype=u_dtype,
         )
+    check_ratio(check_decay("b1", b1), check_decay("b2", b2), m_dtype)
+    return scale_by_order(
+        p,
+        b1,
+        b2,
+        eps,
+        nesterov=nesterov,
+        eps_inside=eps_inside,
+        m_dtype=m_dtype,
+        u_dtype=u_dtype,
+    )
+
+
+def scale_by_order(
+    p: Any,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    *,
+    decay_power: float = 1.0,
+    eps_root: Any = 0.0,
+    nesterov: bool,
+    eps_inside: bool,
+    m_dtype: Any,
+    u_dtype: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """What :func:`scale_by_lp_adam` and :func:`scale_by_adam` have in common.
+
+    Args:
+      p: A finite or traced order.
+      decay_power: u decays by ``b2`` to this power.
+      eps_root: What is added to the square of u, under a root.
+
+    The other arguments are those of :func:`scale_by_lp_adam`.
+    """
     b1 = check_decay("b1", b1)
     b2 = check_decay("b2", b2)
     eps = check_eps("eps", eps)
+    eps_root = check_eps("eps_root", eps_root)
     m_dtype = check_dtype("m_dtype", m_dtype, MEANS)
     u_dtype = check_dtype("u_dtype", u_dtype, NORMS)
-    check_ratio(b1, b2, m_dtype)
     # A mean of finite order multiplies the eps inside of it by a weight, which may be
     # so small that the product is 0.
     is_positive = not eps_inside and is_surely_positive(eps)
@@ -215,7 +251,7 @@ def scale_by_lp_adam(
         is_positive,
         MeanOfOrder(_known(p)),
         is_average=True,
-        ratio_unit=_RATIO_UNIT,
+        ratio_unit=RATIO_UNIT,
     )
 
     def init_fn(params):
@@ -251,8 +287,11 @@ def scale_by_lp_adam(
         t = jnp.asarray(count, dtype)
         c = Scalars(
             **mean_scalars(b1, t),
-            **_weights(p, b2, t),
+            **_weights(p, b2, decay_power, t),
             eps=eps,
+            eps_root=None
+            if isinstance(eps_root, float) and eps_root == 0
+            else eps_root,
             dither=dither_of(count),
         )
         c = cast(c, dtype)
@@ -408,28 +447,31 @@ def lp_adamw(
     return descend(scale, learning_rate, decayed_weights(weight_decay, mask))
 
 
-def _weights(p, b2, t):
-    """The scalars of u at step t.
+def _weights(p, b2, decay_power, t):
+    """The scalars of u at step t, where u decays by b2^decay_power.
 
     Returns:
       A dictionary of ``p``, ``decay`` = (1 - w)^(1/p), ``one_minus_decay``, which is 1
-      minus that to all digits, and ``weight`` = w^(1/p): b2, 1 - b2 and 1 where p is
-      infinity.
+      minus that to all digits, and ``weight`` = w^(1/p): where p is infinity, the rate
+      of decay, 1 minus that, and 1.
     """
     # Also before it is an array: jax.debug_infs looks at those.
     p = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
     p = smaller(number(p, t.dtype), number(_INFINITE_ORDER, t.dtype))
-    w = one_minus_power(b2, p) / one_minus_power(b2, p * t)
-    # 1 - w = b2^p (1 - w b2^(p (t - 1))). The decay is the p-th root of that: b2 times
-    # a factor that tends to 1, whose logarithm this is. At t = 1 the factor would be 0,
-    # which has no logarithm; u is 0 before it, so that any other decay does as well.
+    power = decay_power * p
+    w = one_minus_power(b2, power) / one_minus_power(b2, power * t)
+    # With b the rate of decay, 1 - w = b^p (1 - w b^(p (t - 1))). The decay is the p-th
+    # root of that: b times a factor that tends to 1, whose logarithm this is. At t = 1
+    # the factor would be 0, which has no logarithm; u is 0 before it, so that any other
+    # decay does as well.
     past = jnp.maximum(t - 1, 1)
-    log_factor = jnp.log1p(-w * (1 - one_minus_power(b2, p * past))) / p
-    rate = number(b2, t.dtype)
+    log_factor = jnp.log1p(-w * (1 - one_minus_power(b2, power * past))) / p
+    rate = number(b2, t.dtype) ** decay_power
+    one_minus_rate = one_minus_power(b2, number(decay_power, t.dtype))
     return {
         "p": p,
         "decay": rate * jnp.exp(log_factor),
-        "one_minus_decay": number(1 - b2, t.dtype) - rate * jnp.expm1(log_factor),
+        "one_minus_decay": one_minus_rate - rate * jnp.expm1(log_factor),
         # Rounded, it may be above 1, and its product with the largest number infinite.
         "weight": smaller(jnp.exp(jnp.log(w) / p), jnp.ones_like(w)),
     }

@@ -22,7 +22,7 @@ from adamax_jax._checks import (
     is_known,
 )
 from adamax_jax._formats import MEANS, NORMS, formats
-from adamax_jax._lp_adam import ScaleByLpAdamState
+from adamax_jax._lp_adam import RATIO_UNIT, ScaleByLpAdamState
 from adamax_jax._numerics import (
     arithmetic_dtype,
     by_parts,
@@ -33,12 +33,17 @@ from adamax_jax._numerics import (
 from adamax_jax._shared_axes import can_reshare, reshare
 from adamax_jax._trees import is_inside, name_of, path_finder
 
+# What holds m and u: the state of AdaMax, and that of the L^p family.
+OptimizerState = ScaleByAdamaxState | ScaleByLpAdamState
+KINDS = (ScaleByAdamaxState, ScaleByLpAdamState)
+
 
 def moments(state: optax.OptState) -> tuple[Any, Any]:
-    """The mean and the infinity norm of the gradients, however they are stored.
+    """The mean and the norm of the gradients, however they are stored.
 
     Args:
-      state: A :class:`ScaleByAdamaxState`, or an optimizer's state with one in it.
+      state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
+        optimizer's state with one of them in it.
 
     Returns:
       The trees m and u, in float32 (float64 and complex where they are stored so),
@@ -46,8 +51,8 @@ def moments(state: optax.OptState) -> tuple[Any, Any]:
       memory with the state.
 
     Raises:
-      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in the state,
-        or it is that of an ensemble (``jax.vmap``).
+      ValueError: If there is not exactly one of them in the state, or it is that of an
+        ensemble (``jax.vmap``).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,8 +79,8 @@ def convert_state(
     Each number is rounded once.
 
     Args:
-      state: A :class:`ScaleByAdamaxState`, or an optimizer's state with some in it;
-        what else is in it stays as it is.
+      state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
+        optimizer's state with some of them in it; what else is in it stays as it is.
       m_dtype: What to store m in, as for :func:`scale_by_adamax`; None: as it is.
       u_dtype: What to store u in; None: as it is.
 
@@ -85,8 +90,7 @@ def convert_state(
     Raises:
       TypeError, ValueError: If a dtype is not one that :func:`scale_by_adamax` takes,
         or m is complex and ``m_dtype`` has no complex counterpart; ValueError also if
-        there is no :class:`ScaleByAdamaxState` in the state, or one is that of an
-        ensemble (``jax.vmap``).
+        there is none of these states, or one is that of an ensemble (``jax.vmap``).
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -112,13 +116,13 @@ def insert_state(
     *,
     missing: Literal["raise", "keep"] = "raise",
 ) -> optax.OptState:
-    """An optimizer's new state, to go on from where another AdaMax was.
+    """An optimizer's new state, to go on from where another one was.
 
-    Of the :class:`ScaleByAdamaxState` in it, count, m and u become those given, stored
-    in the dtypes, the sharding and the containers (Flax NNX) of the new state.
-    Schedules of the learning rate, of the weight decay and of
-    ``optax.inject_hyperparams`` go on from the count, too. All else stays new, also the
-    residuals of :func:`master_weights`, which :func:`set_full_params` brings over.
+    Of the :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState` in it, count, m
+    and u become those given, stored in the dtypes, the sharding and the containers
+    (Flax NNX) of the new state. Schedules of the learning rate, of the weight decay and
+    of ``optax.inject_hyperparams`` go on from the count, too. All else stays new, also
+    the residuals of :func:`master_weights`, which :func:`set_full_params` brings over.
 
     Where the new optimizer shares u along axes and the old one did not, u becomes its
     maximum along them, which is what it would have been. Along axes that only the old
@@ -133,11 +137,11 @@ def insert_state(
     ``optax.inject_hyperparams``, silently.)
 
     Args:
-      state: What the optimizer's ``init`` returned, with one
-        :class:`ScaleByAdamaxState` in it.
-      adamax_state: What to go on from: a :class:`ScaleByAdamaxState`, or an optimizer's
+      state: What the optimizer's ``init`` returned, with one such state in it.
+      adamax_state: What to go on from: a state of the same type, or an optimizer's
         state with one in it. It may have parts that the optimizer leaves out
-        (``optax.masked``, ``optax.partition``).
+        (``optax.masked``, ``optax.partition``). Of the L^p family no state tells its p,
+        so give that of an optimizer with the same one.
       missing: What to do where it has no m and u for a parameter: "raise" a ValueError,
         or "keep" those in ``state``. Where the two have another ``u_scale``, those kept
         are rounded once more.
@@ -146,9 +150,9 @@ def insert_state(
       The state; it shares no memory with either argument.
 
     Raises:
-      ValueError: If there is not exactly one :class:`ScaleByAdamaxState` in one of the
-        two, they differ in the paths or shapes of m or u, ``missing`` is another
-        string, or an ensemble's state (``jax.vmap``) would be stored otherwise.
+      ValueError: If there is not exactly one such state in one of the two, they differ
+        in type or in the paths or shapes of m or u, ``missing`` is another string, or
+        an ensemble's state (``jax.vmap``) would be stored otherwise.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -163,6 +167,12 @@ def insert_state(
     check_choice("missing", missing, ("raise", "keep"))
     target = only_state(state)
     given = only_state(adamax_state, "adamax_state")
+    if type(given) is not type(target):
+        raise ValueError(
+            f"The state to insert is a {type(given).__name__}, but the optimizer's is "
+            f"a {type(target).__name__}: u is a maximum in AdaMax, and a mean in the "
+            "L^p family and Adam."
+        )
     count = unwrapped(given.count)
     u_scale = _known_scale(given)
     m = _leaves_like(target.m, given.m, operator.eq, missing)
@@ -170,48 +180,57 @@ def insert_state(
     m, u, u_scale = _rewrite(
         *_kept(m, u, u_scale, target),
         u_scale=u_scale,
+        unit=ratio_unit(target),
         m_dtypes=[leaf.dtype for leaf in jax.tree.leaves(target.m)],
         like_u=jax.tree.leaves(target.u),
     )
-    inserted = ScaleByAdamaxState(
+    inserted = target._replace(
         count=_placed([count], target.count),
         m=_placed(m, target.m),
         u=_placed(u, target.u),
-        u_scale=_placed([u_scale], target.u_scale),
     )
+    if isinstance(target, ScaleByAdamaxState):
+        u_scale = _placed([u_scale], target.u_scale)
+        inserted = inserted._replace(u_scale=u_scale)
     return copied(_set_counts(map_states(lambda _: inserted, state), count))
 
 
 def find_states(
-    state: optax.OptState, kind: type = ScaleByAdamaxState
+    state: optax.OptState, kind: type | tuple[type, ...] = KINDS
 ) -> list[tuple[Any, Any]]:
-    """The paths of the states of a type in an optimizer's state, with these states."""
+    """The paths of the states of some types in an optimizer's, with these states."""
     leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, kind))
     return [(path, leaf) for path, leaf in leaves if isinstance(leaf, kind)]
 
 
 def some_states(
-    state: optax.OptState, kind: type = ScaleByAdamaxState, name: str = "state"
+    state: optax.OptState,
+    kind: type | tuple[type, ...] = KINDS,
+    name: str = "state",
 ) -> list[tuple[Any, Any]]:
     """As :func:`find_states`, which must find one at least; ``name`` is for errors."""
     found = find_states(state, kind)
     if not found:
-        hint = _hint(state, kind)
-        raise ValueError(f"The {name} holds no {kind.__name__}.{hint}")
-    if kind is ScaleByAdamaxState:
-        for _, adamax_state in found:
-            check_formats(adamax_state)
-            check_numbers(adamax_state)
+        raise ValueError(f"The {name} holds no {_named(kind)}.{_hint(state, kind)}")
+    for _, part in found:
+        if isinstance(part, KINDS):
+            check_formats(part)
+            check_numbers(part, ratio_unit(part))
     return found
 
 
-def only_state(state: optax.OptState, name: str = "state") -> ScaleByAdamaxState:
-    """The one AdaMax in an optimizer's state."""
+def _named(kind):
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join(kind.__name__ for kind in kinds)
+
+
+def only_state(state: optax.OptState, name: str = "state") -> OptimizerState:
+    """The one state with m and u in an optimizer's."""
     found = some_states(state, name=name)
     if len(found) != 1:
         places = ", ".join(name_of(path) for path, _ in found)
         raise ValueError(
-            f"The {name} holds {len(found)} ScaleByAdamaxState, not one: at {places}. "
+            f"The {name} holds {len(found)} {_named(KINDS)}, not one: at {places}. "
             "Give this function one of them."
         )
     return found[0][1]
@@ -220,9 +239,9 @@ def only_state(state: optax.OptState, name: str = "state") -> ScaleByAdamaxState
 def map_states(
     function: Callable[[Any], Any],
     state: optax.OptState,
-    kind: type = ScaleByAdamaxState,
+    kind: type | tuple[type, ...] = KINDS,
 ) -> optax.OptState:
-    """An optimizer's state with a function applied to the states of a type in it."""
+    """An optimizer's state with a function applied to those of some types in it."""
     some_states(state, kind)
     return jax.tree.map(
         lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf,
@@ -231,12 +250,14 @@ def map_states(
     )
 
 
-def read_moments(state: ScaleByAdamaxState) -> tuple[optax.Updates, optax.Updates]:
+def read_moments(state: OptimizerState) -> tuple[optax.Updates, optax.Updates]:
     """The trees m and u as numbers, in float32 at least."""
-    u_scale = scale_of(state)
+    u_scale, unit = scale_of(state), ratio_unit(state)
     stored_m, m_treedef = jax.tree.flatten(state.m)
     stored_u, u_treedef = jax.tree.flatten(state.u)
-    read_all = [read(m, u, u_scale) for m, u in zip(stored_m, stored_u, strict=True)]
+    read_all = [
+        read(m, u, u_scale, unit) for m, u in zip(stored_m, stored_u, strict=True)
+    ]
     return (
         jax.tree.unflatten(m_treedef, [m for m, _ in read_all]),
         jax.tree.unflatten(u_treedef, [u for _, u in read_all]),
@@ -244,16 +265,21 @@ def read_moments(state: ScaleByAdamaxState) -> tuple[optax.Updates, optax.Update
 
 
 def read(
-    stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike
+    stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike, unit: float
 ) -> tuple[jax.Array, jax.Array]:
     """m and u of one leaf as numbers, in float32 at least."""
     mean, norm = formats(stored_m.dtype, stored_u.dtype)
     u = norm.read(stored_u, u_scale)
-    return mean.read(stored_m, u, norm), u
+    return mean.read(stored_m, u, norm, unit), u
 
 
 def stored_as(
-    m: jax.Array, u: jax.Array, m_dtype: Any, u_dtype: Any, u_scale: ArrayLike = 1.0
+    m: jax.Array,
+    u: jax.Array,
+    m_dtype: Any,
+    u_dtype: Any,
+    u_scale: ArrayLike = 1.0,
+    unit: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """m and u of one leaf rounded to dtypes, each once, to nearest.
 
@@ -267,15 +293,22 @@ def stored_as(
     m = by_parts(lambda part: part * share, m)
     stored_u = norm.write(jnp.where(is_beyond, largest, u), u_scale)
     read_u = norm.read(stored_u, u_scale).astype(u.dtype)
-    return mean.write(m, read_u, 0.5), stored_u
+    return mean.write(m, read_u, 0.5, unit), stored_u
+
+
+def ratio_unit(state: OptimizerState) -> float:
+    """What an m in int8 is stored in: it is a ratio to u times this."""
+    return RATIO_UNIT if isinstance(state, ScaleByLpAdamState) else 1.0
 
 
 def _known_scale(state):
     """u_scale, or 1 in its place where ``jax.tree.map(jnp.zeros_like, state)`` left 0.
 
     As an update takes it. A known one is not computed with: it may lie in the memory of
-    the host.
+    the host. A u of the L^p family is not scaled.
     """
+    if isinstance(state, ScaleByLpAdamState):
+        return np.ones([], np.float32)
     u_scale = unwrapped(state.u_scale)
     is_abstract = isinstance(u_scale, jax.ShapeDtypeStruct)
     if is_abstract or (is_known(u_scale) and np.all(jax.device_get(u_scale))):
@@ -291,19 +324,21 @@ def _is_one(u_scale):
     )
 
 
-def scale_of(state: ScaleByAdamaxState) -> jax.Array:
+def scale_of(state: OptimizerState) -> jax.Array:
     """The scalar u_scale of a state."""
-    return _check_single(_known_scale(state))
+    u_scale = _check_single("u_scale", _known_scale(state))
+    _check_single("count", unwrapped(state.count))
+    return u_scale
 
 
-def _check_single(u_scale):
-    """Returns a u_scale that is a single number."""
-    if u_scale.ndim > 0:
+def _check_single(name, scalar):
+    """Returns a scalar of a state that is a single number."""
+    if scalar.ndim > 0:
         raise ValueError(
-            f"The state is that of an ensemble: u_scale has shape {u_scale.shape}. "
+            f"The state is that of an ensemble: {name} has shape {scalar.shape}. "
             "Apply this function to its members with jax.vmap."
         )
-    return u_scale
+    return scalar
 
 
 def unwrapped(scalar: Any) -> jax.Array:
@@ -313,23 +348,19 @@ def unwrapped(scalar: Any) -> jax.Array:
 
 
 def _hint(state, kind):
-    """What to do with a state in which AdaMax's was looked for, and another is."""
-    if kind is optax.ScaleByAdamState and find_states(state, ScaleByAdamaxState):
-        return " It is that of this library's AdaMax already."
-    if kind is not ScaleByAdamaxState:
-        return ""
-    if find_states(state, optax.ScaleByAdamState):
-        return " It is Optax's: if its optimizer is an adamax, use from_optax first."
-    if find_states(state, ScaleByLpAdamState):
+    """What to do with a state in which some type was looked for, and another is."""
+    if kind is optax.ScaleByAdamState and find_states(state):
+        return " It is that of this library's optimizer already."
+    if kind is KINDS and find_states(state, optax.ScaleByAdamState):
         return (
-            " It is that of lp_adam, whose u is a mean of the gradients, not their "
-            "maximum: this function is for AdaMax alone."
+            " It is Optax's: use from_optax first, with adam_b2 if its optimizer is an "
+            "adam."
         )
     return ""
 
 
 def _convert(state, m_dtype, u_dtype):
-    """One AdaMax's state, stored in other dtypes."""
+    """One state, stored in other dtypes."""
     m = jax.tree.leaves(state.m)
     u = jax.tree.leaves(state.u)
     if m_dtype is not None:
@@ -340,27 +371,30 @@ def _convert(state, m_dtype, u_dtype):
         m,
         u,
         scale_of(state),
+        unit=ratio_unit(state),
         m_dtypes=[
             x.dtype if m_dtype is None else jnp.dtype(dtype_like(x, m_dtype)) for x in m
         ],
         like_u=[jax.ShapeDtypeStruct(x.shape, u_dtype or x.dtype) for x in u],
     )
-    return state._replace(
+    converted = state._replace(
         m=jax.tree.unflatten(jax.tree.structure(state.m), new_m),
         u=jax.tree.unflatten(jax.tree.structure(state.u), new_u),
-        u_scale=jax.tree.map(lambda _: u_scale, state.u_scale),
     )
+    if isinstance(state, ScaleByLpAdamState):
+        return converted
+    return converted._replace(u_scale=jax.tree.map(lambda _: u_scale, state.u_scale))
 
 
-def _rewrite(m, u, u_scale, m_dtypes, like_u):
+def _rewrite(m, u, u_scale, unit, m_dtypes, like_u):
     """Lists of m and u as stored in other dtypes, u in other shapes, and its scale.
 
     Each number is rounded once, or not at all where nothing changes.
     """
     new_scale = u_scale
     is_scaled = any(NORMS[jnp.dtype(x.dtype).name].is_scaled for x in like_u)
-    is_left_over = not is_scaled and not _is_one(u_scale)
-    if [x.dtype for x in u] != [x.dtype for x in like_u] or is_left_over:
+    is_other = [x.dtype for x in u] != [x.dtype for x in like_u] or not is_scaled
+    if is_other and not _is_one(u_scale):
         new_scale = jnp.ones_like(u_scale)
 
     def rewrite(m, u, m_dtype, like_u):
@@ -368,10 +402,10 @@ def _rewrite(m, u, u_scale, m_dtypes, like_u):
         is_same_scale = new_scale is u_scale or not NORMS[u.dtype.name].is_scaled
         if is_same_u and m.dtype == m_dtype and is_same_scale:
             return m, u
-        m, u = read(m, u, _check_single(u_scale))
+        m, u = read(m, u, _check_single("u_scale", u_scale), unit)
         dtype = arithmetic_dtype(m.dtype, u.dtype, m_dtype, like_u.dtype)
         u = reshare(u.astype(dtype), like_u.shape)
-        return stored_as(m, u, m_dtype, like_u.dtype, new_scale)
+        return stored_as(m, u, m_dtype, like_u.dtype, new_scale, unit)
 
     rewritten = [rewrite(*leaf) for leaf in zip(m, u, m_dtypes, like_u, strict=True)]
     return [m for m, _ in rewritten], [u for _, u in rewritten], new_scale
@@ -381,15 +415,16 @@ def _kept(m, u, u_scale, target):
     """The leaves, with the target's for None, stored beside another ``u_scale``."""
     if all(leaf is not None for leaf in (*m, *u)):
         return m, u
-    _check_single(u_scale)
+    _check_single("u_scale", u_scale)
+    unit = ratio_unit(target)
     kept_m, kept_u = [], []
     for leaf_m, leaf_u, own_m, own_u in zip(
         m, u, jax.tree.leaves(target.m), jax.tree.leaves(target.u), strict=True
     ):
         if leaf_m is None or leaf_u is None:
-            read_m, read_u = read(own_m, own_u, _known_scale(target))
+            read_m, read_u = read(own_m, own_u, _known_scale(target), unit)
             leaf_m, leaf_u = stored_as(
-                read_m, read_u, own_m.dtype, own_u.dtype, u_scale
+                read_m, read_u, own_m.dtype, own_u.dtype, u_scale, unit
             )
         kept_m.append(leaf_m)
         kept_u.append(leaf_u)

@@ -70,6 +70,8 @@ class Scalars(NamedTuple):
     p: ArrayLike | None = None
     one_minus_decay: ArrayLike | None = None
     weight: ArrayLike | None = None
+    # Of Adam alone; None for 0.
+    eps_root: ArrayLike | None = None
 
 
 # Jitted here, once for all optimizers: leaves of one shape share one trace, and the
@@ -135,7 +137,8 @@ def _step(g, m, u, c, rule):
 
     def real_step(g, m):
         ahead = c.b1_ahead * m + c.one_minus_b1 * g if rule.nesterov else m
-        denominator = u if rule.eps_inside else u + c.eps
+        root = u if c.eps_root is None else jnp.hypot(u, jnp.sqrt(c.eps_root))
+        denominator = root if rule.eps_inside else root + c.eps
         return c.correction * quotient(ahead, denominator, rule.is_positive)
 
     return by_parts(real_step, g, m)

@@ -242,7 +242,8 @@ def test_all_methods_are_trained_at_the_rate_of_the_task(trainings):
 
 
 def test_all_methods_are_trained_at_their_best_rate(trainings):
-    list(study.study(["flow"], ["Adam", "AdaMax"], seeds=3, steps=7, rates="search"))
+    """Seed 0 chooses it; the others count."""
+    list(study.study(["flow"], ["Adam", "AdaMax"], seeds=2, steps=7, rates="search"))
     assert trainings == [
         ("compiled", 7),
         *(("Adam", exponent, 0) for exponent in (0, 1, 2)),
@@ -255,7 +256,7 @@ def test_all_methods_are_trained_at_their_best_rate(trainings):
 
 
 def test_a_curve_has_all_seeds_at_eight_rates(trainings):
-    list(study.study(["flow"], ["Adam"], seeds=2, rates="curve"))
+    list(study.study(["flow"], ["Adam"], seeds=1, rates="curve"))
     powers = range(-4, 4)
     assert trainings[1:] == [("Adam", p, seed) for p in powers for seed in (0, 1)]
 
@@ -486,17 +487,19 @@ def test_methods_are_compared_in_pairs_at_their_best():
     runs = [
         run_of("Adam", 0, 10.0, 0.1),
         run_of("Adam", 0, 30.0, 0.2),
-        run_of("Adam", 1, 20.0, 0.1),
+        run_of("Adam", 1, 10.0, 0.1),
+        run_of("Adam", 2, 20.0, 0.1),
         # Worse, and another that diverged.
         run_of("u per input", 0, 50.0, 0.1),
         run_of("u per input", 0, math.nan, 0.4),
         run_of("u per input", 0, 11.0, 0.2),
-        run_of("u per input", 1, 23.0, 0.2),
+        run_of("u per input", 1, 11.0, 0.2),
+        run_of("u per input", 2, 23.0, 0.2),
     ]
     adam, shared = study.summarize(runs)
     assert (adam.learning_rate, adam.value.mean, adam.differences) == (0.1, 15, {})
     assert (shared.learning_rate, shared.seeds, shared.value.mean) == (0.2, 2, 17)
-    # The pairs differ by 1 and 3.
+    # The pairs differ by 1 and 3; seed 0, which chose the rates, is not among them.
     assert shared.differences["Adam"].mean == 2
     assert shared.differences["Adam"].margin == pytest.approx(T_OF_1, rel=DIGITS)
     assert list(shared.search) == [0.1, 0.2, 0.4]
@@ -527,7 +530,7 @@ def test_where_all_rates_diverged_the_row_is_that_of_the_seeds():
     runs = [run_of("Adam", 0, math.nan, 0.1), run_of("Adam", 0, math.nan, 0.05)]
     runs.append(run_of("Adam", 1, math.nan, 0.05))
     (row,) = study.summarize(runs)
-    assert (row.learning_rate, row.seeds) == (0.05, 2)
+    assert (row.learning_rate, row.seeds) == (0.05, 1)
 
 
 def test_curves_are_short():

@@ -7,9 +7,10 @@ rates of the tasks, which were chosen on float32; optax.adamax differs from AdaM
 rounding alone, and tells how far that goes.
 
 With --rates search each method is trained at its own best learning rate: for every task
-and method, rates a factor of 2 apart are tried with one seed until the best lies
-between two others; then all seeds are trained at the best. With --rates curve all seeds
-are trained at eight rates, from a sixteenth of the task's to eight times it.
+and method, rates a factor of 2 apart are tried with seed 0 until the best lies
+between two others; then the others are trained at the best. With --rates curve all are
+trained at eight rates, from a sixteenth of the task's to eight times it. Seed 0, which
+chose the rate, is in no mean and no difference then.
 
 "--methods memory" asks how long AdaMax should remember. Of each task and each method
 this is reported, whichever way it falls: the difference to Adam at b2 = 0.999, to the
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adamax_jax import adamax, lp_adam, master_weights
+from adamax_jax import adam, adamax, lp_adam, master_weights
 from adamax_jax._lab.cli import Command, add_names, environment, positive_int
 from adamax_jax._lab.estimates import Estimate, digits_to_show, estimate, show
 from adamax_jax._lab.float32_copy import with_float32_copy
@@ -89,6 +90,16 @@ SHARED: dict[str, Method] = {
 # From Adam to AdaMax, which is p = infinity, with the decay rate of AdaMax.
 ORDERS: dict[str, Method] = {
     f"p = {p}": functools.partial(lp_adam, p=p) for p in (1, 2, 3, 4, 6, 8, 16)
+}
+# Adam as Optax has it, and in few bytes.
+ADAM_BYTES: dict[str, Method] = {
+    f"Adam, {name}": functools.partial(adam, **storage)
+    for name, storage in (
+        ("8 bytes", {}),
+        ("4 bytes", {"m_dtype": "bfloat16", "u_dtype": "bfloat16"}),
+        ("3 bytes", {"m_dtype": "int8", "u_dtype": "bfloat16"}),
+        ("2 bytes", {"m_dtype": "int8", "u_dtype": "uint8"}),
+    )
 }
 # And with the memory of Adam.
 LONG_ORDERS: dict[str, Method] = {
@@ -171,6 +182,7 @@ METHODS: dict[str, Method] = {
     name: method
     for group in (
         ADAM,
+        ADAM_BYTES,
         STORAGES,
         SHARED,
         ORDERS,
@@ -188,6 +200,7 @@ METHODS: dict[str, Method] = {
 GROUPS: dict[str, list[str]] = {
     "memory": [*ADAM, "AdaMax", *MEMORY, *RISING, *GROWTH, *CLIPPED],
     "memory, narrow": [*NARROW],
+    "Adam in few bytes": ["Adam", *ADAM_BYTES],
 }
 
 
@@ -212,13 +225,16 @@ def study(
 
             if rates == "curve":
                 for power in CURVE:
-                    for seed in range(seeds):
+                    for seed in range(1 + seeds):
                         yield train(power, seed)
                 continue
             if rates == "search":
                 # It begins where that of the method before ended.
                 exponent = yield from _search(train, exponent)
-            for seed in range(1 if rates == "search" else 0, seeds):
+                for seed in range(1, 1 + seeds):
+                    yield train(exponent, seed)
+                continue
+            for seed in range(seeds):
                 yield train(exponent, seed)
 
 
@@ -331,11 +347,13 @@ def _references(methods):
 
 
 def _at_best(runs):
-    """The runs at the best learning rate, by seed."""
+    """The runs at the best learning rate, by seed, but for the one that chose it."""
     first = [run for run in runs if run.seed == 0]
     # Where nothing was learned at any, the search ended at the lowest.
     best = min(first, key=lambda run: (cost(run), run.learning_rate))
     at_best = [run for run in runs if run.learning_rate == best.learning_rate]
+    if len(first) > 1:
+        at_best = [run for run in at_best if run.seed > 0] or at_best
     return sorted(at_best, key=lambda run: run.seed)
 
 
@@ -387,7 +405,8 @@ def _add_options(parser):
         type=positive_int,
         default=5,
         metavar="N",
-        help="how many, from 0 on (default: %(default)s)",
+        help="how many, from 0 on, or from 1 on where seed 0 chooses the learning rate "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
@@ -452,8 +471,9 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     settings = _settings(runs, options)
     rates = {
         "task": "Learning rates are the tasks'",
-        "search": "Learning rates are the best of those a factor of 2 apart, by seed 0",
-        "curve": "Learning rates are the best of eight, by seed 0",
+        "search": "Learning rates are the best of those a factor of 2 apart, by seed "
+        "0, which is not counted",
+        "curve": "Learning rates are the best of eight, by seed 0, which is not counted",
     }[options.rates]
     trained = ", ".join(
         f"{name} {task['steps']} ({task['schedule']}"
