@@ -473,7 +473,8 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
         "task": "Learning rates are the tasks'",
         "search": "Learning rates are the best of those a factor of 2 apart, by seed "
         "0, which is not counted",
-        "curve": "Learning rates are the best of eight, by seed 0, which is not counted",
+        "curve": "Learning rates are the best of eight, by seed 0, which is not "
+        "counted",
     }[options.rates]
     trained = ", ".join(
         f"{name} {task['steps']} ({task['schedule']}"
