@@ -168,7 +168,8 @@ def check_numbers(state: Any, unit: float) -> None:
 
     m is at most about u times ``unit``, and not whole numbers, unless all gradients
     were. So whole numbers, some of which are large and above u, are codes of int8 that
-    were cast.
+    were cast. So are those beside other whole numbers in u: only a u of constant
+    gradients, or of a single one, is a whole number, and beside it m is the same.
     """
     (u_scale,) = jax.tree.leaves(getattr(state, "u_scale", 1.0))
     if is_known(u_scale):
@@ -178,7 +179,7 @@ def check_numbers(state: Any, unit: float) -> None:
                 f"The state's u_scale is {values}, but it is at least 1 and below 2. "
                 f"{_NO_CASTS}"
             )
-    is_above = False
+    is_above, is_other, is_whole = False, False, True
     norms = jax.tree.leaves(state.u)
     for m, u in zip(jax.tree.leaves(state.m), norms, strict=True):
         is_float = jnp.issubdtype(m.dtype, jnp.floating)
@@ -187,13 +188,17 @@ def check_numbers(state: Any, unit: float) -> None:
         is_code = (jnp.abs(m) <= 128) & (jnp.round(m) == m)
         if not jnp.all(is_code):
             return
-        u = NORMS[u.dtype.name].read(u, u_scale)
+        norm = NORMS[u.dtype.name]
+        u = norm.read(u, u_scale)
         size = jnp.abs(m).astype(u.dtype)
-        is_above = is_above or bool(jnp.any((size >= 16) & (size > 1.31 * unit * u)))
-    if is_above:
+        is_large = size >= 16
+        is_above = is_above or bool(jnp.any(is_large & (size > 1.31 * unit * u)))
+        is_other = is_other or bool(jnp.any(is_large & (size != u)))
+        is_whole = is_whole and not norm.is_scaled and bool(jnp.all(jnp.round(u) == u))
+    if is_above or (is_other and is_whole):
         raise ValueError(
-            "The state's m is whole numbers, some above its u: codes of int8 that were "
-            f"cast. {_NO_CASTS}"
+            "The state's m is whole numbers, as its u or above it: codes of int8 that "
+            f"were cast. {_NO_CASTS}"
         )
 
 

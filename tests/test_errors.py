@@ -732,7 +732,7 @@ class TestStatesThatWereCast:
         cast = state._replace(m=state.m.astype(m_dtype)), rest
         for function in (moments, diagnose, to_optax, convert_state):
             with pytest.raises(
-                ValueError, match="m is whole numbers, some above its u"
+                ValueError, match="m is whole numbers, as its u or above it"
             ):
                 function(cast)
         # Whole numbers that are none: all gradients were.

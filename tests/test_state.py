@@ -57,7 +57,8 @@ def test_moments_needs_one_state():
     state = adamax().init(jnp.ones(1))
     with pytest.raises(
         ValueError,
-        match=r"holds 2 ScaleByAdamaxState, not one: at \[0\]\[0\], \[1\]\[0\]",
+        match=r"holds 2 ScaleByAdamaxState or ScaleByLpAdamState, not one: at "
+        r"\[0\]\[0\], \[1\]\[0\]",
     ):
         moments((state, state))
 
@@ -72,16 +73,23 @@ READERS = {
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_states_that_are_not_of_adamax_are_named(read):
+def test_states_that_are_not_of_this_library_are_named(read):
     for optimizer, message in (
         (optax.adamax(0.1), r"\. It is Optax's.*from_optax"),
-        (lp_adam(0.1, p=3.0), r"\. It is that of lp_adam.* a mean"),
         (optax.sgd(0.1), r"\.$"),
     ):
         with pytest.raises(
-            ValueError, match="state holds no ScaleByAdamaxState" + message
+            ValueError,
+            match="state holds no ScaleByAdamaxState or ScaleByLpAdamState" + message,
         ):
             read(optimizer.init(jnp.ones(1)))
+
+
+def test_a_mean_is_not_inserted_for_a_maximum():
+    mean, maximum = (o.init(jnp.ones(1)) for o in (lp_adam(0.1, p=3.0), adamax()))
+    for state, other in ((mean, maximum), (maximum, mean)):
+        with pytest.raises(ValueError, match="u is a maximum in AdaMax, and a mean"):
+            insert_state(state, other)
 
 
 def test_an_update_names_the_function_that_converts():
