@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from adamax_jax import adamax, lp_adam, master_weights
+from adamax_jax import adam, adamax, master_weights
 from adamax_jax._lab.float32_copy import with_float32_copy
 
 REFERENCE = "optax.adamax"
@@ -23,7 +23,8 @@ OPTIMIZERS = {
         LEARNING_RATE, m_dtype="bfloat16", u_dtype="bfloat16"
     ),
     "adamax int8/uint8": TWO_BYTES,
-    "lp_adam p=3": lp_adam(LEARNING_RATE, 3),
+    "adam float32": adam(LEARNING_RATE),
+    "adam int8/uint8": adam(LEARNING_RATE, m_dtype="int8", u_dtype="uint8"),
 }
 _STORAGES: dict[str, dict[str, Any]] = {
     "adamax float32": {},
