@@ -20,6 +20,7 @@ take any gradient. ``decayed`` and ``grown`` are the codes of ``b2 * u`` and of
 To add a format, write a class and put it into ``MEANS`` or ``NORMS``.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -28,13 +29,19 @@ import numpy as np
 from jax import lax
 
 from adamax_jax._numerics import number, quotient, within
-from adamax_jax._xla import as_rounded, larger, narrowed, smaller
+from adamax_jax._xla import (
+    as_rounded,
+    larger,
+    narrowed,
+    smaller,
+    zeros_in_the_kernel_of,
+)
 
 # Of float32.
 _MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 _INFINITY, _NAN, _SIGN = 0x7F800000, 0x7FC00000, -(1 << 31)
-# 2^32 divided by the golden ratio, as an int32.
-_GOLDEN = 0x9E3779B1 - (1 << 32)
+# 2^32 divided by the golden ratio.
+_GOLDEN = 0x9E3779B1
 
 
 class Wide:
@@ -188,7 +195,7 @@ class Bfloat16Norm(_ScaledNorm):
 
     def average(self, u, dither):
         bits = _bits(jnp.abs(u))
-        bits = _upper_half(bits, _own_carry(dither, 16, bits))
+        bits = _upper_half(bits, _carry_of_each(dither, 16, bits))
         return as_rounded(u, _float(bits)).astype(jnp.bfloat16)
 
     def store(self, code, u, u_scale):
@@ -227,7 +234,7 @@ class Uint8Norm(_ScaledNorm):
     def average(self, u, dither):
         bits = _bits(jnp.abs(u))
         # A carry of NaN goes on to the sign bit.
-        bits_up = bits + _own_carry(dither, self.SHIFT, bits)
+        bits_up = bits + _carry_of_each(dither, self.SHIFT, bits)
         code = lax.shift_right_logical(bits_up, jnp.int32(self.SHIFT)) - self.OFFSET
         # What is not 0 does not become 0.
         code = jnp.clip(code, jnp.minimum(bits, 1), self.LAST)
@@ -293,14 +300,18 @@ def _carry(dither, shift):
     return whole - 1 - jnp.floor(dither * float(whole)).astype(jnp.int32)
 
 
-def _own_carry(dither, shift, bits):
-    """As ``_carry``, but another one for other bits.
+def _carry_of_each(dither, shift, bits):
+    """As ``_carry``, but another one for each number, evenly spread over an array.
 
     One for all would be noise of the learning rate: where all of u is rounded up, all
-    steps are shorter.
+    steps are shorter. Multiples of the golden ratio leave no gaps (Weyl's sequence).
     """
-    own = bits * np.int32(_GOLDEN)
-    own = lax.shift_right_logical(own, np.int32(32 - shift))
+    place = zeros = zeros_in_the_kernel_of(bits)
+    for axis in range(bits.ndim):
+        index = zeros + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        step = _GOLDEN * math.prod(bits.shape[axis + 1 :]) % (1 << 32)
+        place += index * np.uint32(step)
+    own = (place >> np.uint32(32 - shift)).astype(jnp.int32)
     return (own + _carry(dither, shift)) & ((1 << shift) - 1)
 
 

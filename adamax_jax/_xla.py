@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -118,6 +119,17 @@ def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
         return jnp.where(x == 0, jnp.zeros([], dtype), x.astype(dtype))
 
     return lax.platform_dependent(x, cpu=chosen, default=lambda x: x.astype(dtype))
+
+
+def zeros_in_the_kernel_of(bits: jax.Array) -> jax.Array:
+    """Zeros, as uint32: the sign bits of the int32 bits of numbers that have no sign.
+
+    What depends on the place in an array alone, as a hash of it, XLA (TPU and GPU,
+    jaxlib 0.10.2) computes in kernels of its own, one for each axis. Begun with these
+    zeros it depends on the numbers.
+    Test: ``test_aot.py::test_averages_move_no_byte_more``.
+    """
+    return lax.bitcast_convert_type(bits, jnp.uint32) >> np.uint32(31)
 
 
 def divisible(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,6 +21,7 @@ from adamax_jax import (
     zero_shardings,
 )
 from adamax_jax._formats import NORMS
+from adamax_jax._update import dither_of
 
 B2 = 0.999
 NARROW = {
@@ -29,9 +30,9 @@ NARROW = {
     "two bytes": {"m_dtype": "int8", "u_dtype": "uint8"},
 }
 EVERY_NARROW = pytest.mark.parametrize("storage", NARROW.values(), ids=NARROW)
-# Standard deviations of log(u) for gradients that are noise, as the docstring has them.
-NOISE = {"bfloat16": 0.07, "uint8": 0.28}
-# And how far its mean over coordinates may be off 0.
+# The largest standard deviations of log(u): those of rare and of fading gradients.
+NOISE = {"bfloat16": 0.07, "uint8": 0.33}
+# And how far the means over coordinates, of u and of log(u), may be off.
 LEVEL = {"bfloat16": 0.01, "uint8": 0.06}
 STEPS, COORDINATES = 20_000, 256
 
@@ -89,30 +90,30 @@ def kinds():
 @pytest.mark.parametrize("u_dtype", ["bfloat16", "uint8"])
 @pytest.mark.parametrize("p", [2.0, pytest.param(3.5, marks=pytest.mark.long)])
 def test_u_has_no_bias(p, u_dtype, kind):
-    """Many coordinates of similar gradients, so each with thresholds of its own.
+    """Many coordinates of similar gradients, each with a threshold of its own.
 
-    Of gradients that ended, those with the same u have the same thresholds: there is
-    more noise, and the mean over coordinates has its share of it.
+    Without gradients u is a random walk whose mean is right: its logarithm is not.
     """
     scale = 2.0 ** np.random.default_rng(1).uniform(-1, 1, COORDINATES)
     gradients = jnp.asarray(kinds()[kind][:, None] * scale, jnp.float32)
     state, updates = run(scale_by_lp_adam(p, b2=B2, u_dtype=u_dtype), gradients)
     u, expected_updates = exact(gradients, p)
-    log = np.log(read_u(state)) - np.log(u)
+    ratio = read_u(state) / u
+    assert abs(np.mean(ratio) - 1) < LEVEL[u_dtype]
+    if kind != "ended":
+        assert abs(np.mean(np.log(ratio))) < LEVEL[u_dtype]
+        assert np.std(np.log(ratio)) < NOISE[u_dtype]
     if kind == "noise" and p == 2:
         # As the docstring has it.
         expected = {"bfloat16": 0.03, "uint8": 0.21}[u_dtype]
-        assert np.std(log) == pytest.approx(expected, rel=0.2)
-    more = 2 if kind == "ended" else 1
-    assert np.std(log) < more * NOISE[u_dtype]
-    assert abs(np.mean(log)) < more**3 * LEVEL[u_dtype]
+        assert np.std(np.log(ratio)) == pytest.approx(expected, rel=0.2)
     # The lengths of all steps, and of the last hundred; after the end there are none.
     # 1/u is longer on average, the more so the more noise there is.
-    off = {"bfloat16": 0.02, "uint8": 0.06 if p == 2 else 0.1}[u_dtype]
+    off = {"bfloat16": 0.02, "uint8": 0.12 if kind == "spikes" else 0.07}[u_dtype]
     for part in (slice(None), slice(-100, None)):
         actual = np.mean(np.abs(updates[part]))
         expected = np.mean(np.abs(expected_updates[part]))
-        assert abs(actual - expected) < more * off * expected + 1e-30
+        assert abs(actual - expected) < off * expected + 1e-30
 
 
 def test_rounded_to_nearest_u_would_stay():
@@ -281,3 +282,19 @@ def test_errors(name):
     state = scale_by_lp_adam(2.0, **NARROW["two bytes"]).init(jnp.ones(2))
     with pytest.raises(TypeError, match=r"m .* has dtype int8, but .* stores float32"):
         scale_by_lp_adam(2.0).update(jnp.ones(2), state)
+
+
+def test_thresholds_are_spread_over_an_array():
+    """One for each number: of a thousand numbers at 3/10, three hundred round up."""
+    for shape in ((1000,), (40, 25), (4, 1, 250), (1, 1000)):
+        u = jnp.full(shape, 1 + 0.3 * 2.0**-7)
+        for count in range(20):
+            dither = dither_of(jnp.int32(count))
+            rounded = NORMS["bfloat16"].average(u, dither).astype(jnp.float32)
+            assert abs(np.sum(np.asarray(rounded) > 1) - 300) <= 3
+    one = jnp.full([], 1 + 0.3 * 2.0**-7)
+    ups = [
+        float(NORMS["bfloat16"].average(one, dither_of(jnp.int32(count)))) > 1
+        for count in range(2000)
+    ]
+    assert np.mean(ups) == pytest.approx(0.3, abs=0.04)

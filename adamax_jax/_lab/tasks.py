@@ -345,6 +345,40 @@ def _transformer(width: int = 64) -> Problem:
     )
 
 
+def _factorization() -> Problem:
+    """Ratings of items by users, most of whom are rare: a product of two embeddings.
+
+    Both are drawn by Zipf's law. The ratings are those of vectors to be found again,
+    and noise of deviation 0.3.
+    """
+    rows, rank, train, test = 2000, 8, 60_000, 10_000
+    random = np.random.default_rng(0)
+    frequency = 1 / np.arange(1.0, rows + 1)
+    pairs = random.choice(rows, (train + test, 2), p=frequency / frequency.sum())
+    users, items = random.normal(size=(2, rows, rank)) / rank**0.25
+    ratings = (users[pairs[:, 0]] * items[pairs[:, 1]]).sum(1)
+    ratings = np.float32(ratings + 0.3 * random.normal(size=train + test))
+    pairs = pairs.astype(np.int32)
+
+    def init(key):
+        users, items = 0.3 * jax.random.normal(key, (2, rows, rank))
+        return {"users": users, "items": items}
+
+    def squared_error(params, pairs, ratings):
+        found = params["users"][pairs[:, 0]] * params["items"][pairs[:, 1]]
+        return jnp.mean((found.sum(1) - ratings) ** 2)
+
+    def measure(params):
+        return (jnp.sqrt(squared_error(params, pairs[train:], ratings[train:])),)
+
+    return Problem(
+        init,
+        lambda params, batch, key: squared_error(params, *batch),
+        (pairs[:train], ratings[:train]),
+        measure,
+    )
+
+
 def _text() -> tuple[np.ndarray, int]:
     """Python's own library as numbers, and how many symbols there are."""
     library = Path(sysconfig.get_path("stdlib"))
@@ -395,10 +429,19 @@ TASKS = {
     ),
 }
 
-# Others made of them: gradients with spikes, warm-up, a wider model, a longer training.
-# A search for the best begins with their learning rate.
+# Rows of embeddings most of which are rare; and others made of the first: gradients
+# with spikes, warm-up, a wider model, a longer training. A search for the best begins
+# with their learning rate.
 _warm = TASKS["transformer"]._replace(warm_up=0.1)
 FURTHER = {
+    "factorization": Task(
+        make=_factorization,
+        metrics=("test error, root of the mean square",),
+        learning_rate=8e-3,
+        cosine=True,
+        steps=4000,
+        batch=256,
+    ),
     "vae, spikes": TASKS["vae"]._replace(
         make=functools.partial(_with_spikes, _vae, 1 / 200, 1e3)
     ),
