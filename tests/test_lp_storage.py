@@ -17,6 +17,7 @@ from adamax_jax import (
     lp_adam,
     lp_adamw,
     master_weights,
+    scale_by_adam,
     scale_by_lp_adam,
     zero_shardings,
 )
@@ -298,3 +299,38 @@ def test_thresholds_are_spread_over_an_array():
         for count in range(2000)
     ]
     assert np.mean(ups) == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("u_dtype", "noise", "after_waiting"),
+    [("bfloat16", 0.03, 0.11), ("uint8", 0.21, 0.76)],
+)
+def test_the_noise_of_the_docstring(u_dtype, noise, after_waiting):
+    """After 10^5 steps, as after 3000; and after 5000 more without gradients."""
+    narrow, exact = scale_by_adam(u_dtype=u_dtype), scale_by_adam()
+    size = 1024
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def ratios(states, first, last, scale=1.0):
+        def body(states, i):
+            g = scale * jax.random.normal(
+                jax.random.fold_in(jax.random.key(0), i), (size,)
+            )
+            pairs = zip((narrow, exact), states, strict=True)
+            return tuple(o.update(g, state)[1] for o, state in pairs), None
+
+        states, _ = jax.lax.scan(body, states, jnp.arange(first, last))
+        return states, NORMS[u_dtype].read(states[0].u, 1.0) / states[1].u
+
+    start = tuple(o.init(jnp.zeros(size)) for o in (narrow, exact))
+    early, ratio = ratios(start, 0, 3000)
+    assert np.std(ratio) == pytest.approx(noise, rel=0.25)
+    _, waited = ratios(early, 0, 5000, 0.0)
+    assert np.std(waited) == pytest.approx(after_waiting, rel=0.15)
+    assert np.mean(waited) == pytest.approx(1, abs=4 * after_waiting / size**0.5)
+    _, late = ratios(early, 3000, 100_000)
+    assert np.std(late) == pytest.approx(noise, rel=0.25)
+    assert np.mean(late) == pytest.approx(
+        1, abs=0.005 if u_dtype == "bfloat16" else 0.05
+    )
