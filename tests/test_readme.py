@@ -80,22 +80,30 @@ def test_one_byte_example(capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "heading"),
+    ("text", "heading", "rounding"),
     [
-        (README.read_text(), "Choosing how to store the state"),
-        (page("choosing"), "Half-precision parameters"),
+        # A tenth, the first m of Adam, is stored as a ratio to 8.
+        (README.read_text(), "Parameters in half precision", 0.05),
+        (page("choosing"), "Half-precision parameters", 0.02),
     ],
     ids=["README", "choosing"],
 )
-def test_half_precision_example(text, heading):
+def test_half_precision_example(text, heading, rounding):
     # Optax adds float32 updates to bfloat16 parameters.
     with jax.numpy_dtype_promotion("standard"):
         names = run(example(text, heading))
     assert names["params"]["kernel"].dtype == jnp.bfloat16
     # The learning rate, and a step as two bytes hold it.
-    assert jnp.max(jnp.abs(names["full"]["kernel"] - 0.999)) < 0.02 * 1e-3
+    assert jnp.max(jnp.abs(names["full"]["kernel"] - 0.999)) < rounding * 1e-3
     arrays = [x for x in jax.tree.leaves((names["params"], names["state"])) if x.ndim]
     assert sum(x.nbytes for x in arrays) == 6 * 64 * 8
+
+
+def test_adam_example():
+    """A running Adam in two bytes, and one for some parameters, in two bytes too."""
+    names = run(example(README.read_text(), "Choosing how to store the state"))
+    arrays = [x for x in jax.tree.leaves(names["state"]) if x.ndim]
+    assert sum(x.nbytes for x in arrays) == 2 * (800 + 64)
 
 
 def test_family_example():
