@@ -324,7 +324,7 @@ def _is_one(u_scale):
     )
 
 
-def scale_of(state: OptimizerState) -> jax.Array:
+def scale_of(state: OptimizerState) -> Any:
     """The scalar u_scale of a state."""
     u_scale = _check_single("u_scale", _known_scale(state))
     _check_single("count", unwrapped(state.count))

@@ -357,7 +357,8 @@ def _factorization() -> Problem:
     pairs = random.choice(rows, (train + test, 2), p=frequency / frequency.sum())
     users, items = random.normal(size=(2, rows, rank)) / rank**0.25
     ratings = (users[pairs[:, 0]] * items[pairs[:, 1]]).sum(1)
-    ratings = np.float32(ratings + 0.3 * random.normal(size=train + test))
+    noise = 0.3 * random.normal(size=train + test)
+    ratings = np.asarray(ratings + noise, np.float32)
     pairs = pairs.astype(np.int32)
 
     def init(key):
