@@ -82,15 +82,11 @@ def from_optax(
       >>> optimizer = adam(0.1, m_dtype="int8", u_dtype="uint8")
       >>> update, state = optimizer.update(gradient, state)
     """
+    kind = optax.ScaleByAdamState
     if adam_b2 is None:
-        convert = _adamax_of_optax
-    else:
-        b2 = check_decay("adam_b2", adam_b2)
-
-        def convert(state):
-            return _adam_of_optax(state, b2)
-
-    return copied(map_states(convert, state, optax.ScaleByAdamState))
+        return copied(map_states(_adamax_of_optax, state, kind))
+    b2 = check_decay("adam_b2", adam_b2)
+    return copied(map_states(lambda part: _adam_of_optax(part, b2), state, kind))
 
 
 def to_optax(

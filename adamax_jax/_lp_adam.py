@@ -104,7 +104,8 @@ def scale_by_lp_adam(
       l, h = the smaller, the larger of (1 - w_t)^(1/p) * u_{t-1}, w_t^(1/p) * |g_t|
       u_t = h * exp(log(1 + (l / h)^p) / p)
 
-    so that no power exceeds 1: it is stable for every p. In float32 and at the default
+    so that no power exceeds 1: it is stable for every p. (For p = 2 squares are taken,
+    scaled by a power of two.) In float32 and at the default
     ``b2``, a u of finite p is within 1e-5 of the exact one (relative), and within 1e-4
     where gradients hardly change for thousands of steps. As the weights add up to 1, it
     needs no correction, and remains a mean of the gradients where p or ``b2`` changes

@@ -19,6 +19,7 @@ from sequences import STORAGES
 
 from adamax_jax import (
     adamax,
+    adamw,
     full_params,
     lp_adam,
     master_weights,
@@ -128,10 +129,16 @@ def test_a_bounded_growth_moves_no_byte_more(dtypes, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("p", [2.0, 3.5])
 @pytest.mark.parametrize(
-    ("dtypes", "state"), [(("bfloat16", "bfloat16"), 4), (("int8", "uint8"), 2)]
+    ("dtypes", "state"),
+    [
+        ((None, None), 8),
+        (("bfloat16", "bfloat16"), 4),
+        (("int8", "bfloat16"), 3),
+        (("int8", "uint8"), 2),
+    ],
 )
 def test_averages_move_no_byte_more(dtypes, state, p, device):
-    """One kernel, 28 bytes of Adam in float32 to 20 and to 16."""
+    """One kernel, 28 bytes of Adam in float32 to 20, 18 and 16."""
     needs(device)
     optimizer = lp_adam(1e-3, p, m_dtype=dtypes[0], u_dtype=dtypes[1])
     found = compiled.compile_step(compiled.Contender(optimizer), device)
@@ -139,6 +146,31 @@ def test_averages_move_no_byte_more(dtypes, state, p, device):
     assert found.traffic.moved_bytes == found.ideal_bytes
     assert found.ideal_bytes == (12 + 2 * state) * PARAMETERS
     assert found.temporary_bytes < SCALARS
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "shape", [(2**27,), (2**9, 2**9, 2**9), (2**6, 2**7, 2**7, 2**7)]
+)
+def test_the_thresholds_of_averages_are_in_the_same_kernel(shape, device):
+    """They depend on the position along each axis."""
+    needs(device)
+    optimizer = adamw(1e-3, m_dtype="int8", u_dtype="uint8")
+    found = compiled.compile_step(
+        compiled.Contender(optimizer), device, {"array": shape}
+    )
+    assert found.traffic.kernels == 1
+    assert found.traffic.moved_bytes == found.ideal_bytes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_adamw_of_a_model_in_bfloat16(device):
+    """6 bytes of parameter, residual and state, read and written, and the gradient."""
+    needs(device)
+    optimizer = master_weights(adamw(1e-3, m_dtype="int8", u_dtype="uint8"))
+    found = compiled.compile_step(compiled.Contender(optimizer, jnp.bfloat16), device)
+    assert found.traffic.kernels == 1
+    assert found.traffic.moved_bytes == found.ideal_bytes == 14 * PARAMETERS
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -155,10 +187,12 @@ def test_zero_gathers_the_new_parameters_once(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_parameters_that_are_divided_bring_no_collectives(device):
+@pytest.mark.parametrize("make", [adamax, adamw])
+def test_parameters_that_are_divided_bring_no_collectives(make, device):
     """FSDP: each device has all that its part of the update needs."""
     needs(device)
-    contender = compiled.Contender(TWO_BYTES, devices=4, shared="everything")
+    optimizer = make(1e-3, m_dtype="int8", u_dtype="uint8")
+    contender = compiled.Contender(optimizer, devices=4, shared="everything")
     found = compiled.compile_step(contender, device)
     assert found.traffic.collectives == {}
     assert found.traffic.kernels == 1
