@@ -168,8 +168,8 @@ def check_numbers(state: Any, unit: float) -> None:
 
     m is at most about u times ``unit``, and not whole numbers, unless all gradients
     were. So whole numbers, some of which are large and above u, are codes of int8 that
-    were cast. So are those beside other whole numbers in u: only a u of constant
-    gradients, or of a single one, is a whole number, and beside it m is the same.
+    were cast. So are those beside other whole numbers in u, after some steps: only a u
+    of constant gradients stays a whole number, and beside it m becomes the same.
     """
     (u_scale,) = jax.tree.leaves(getattr(state, "u_scale", 1.0))
     if is_known(u_scale):
@@ -195,7 +195,9 @@ def check_numbers(state: Any, unit: float) -> None:
         is_above = is_above or bool(jnp.any(is_large & (size > 1.31 * unit * u)))
         is_other = is_other or bool(jnp.any(is_large & (size != u)))
         is_whole = is_whole and not norm.is_scaled and bool(jnp.all(jnp.round(u) == u))
-    if is_above or (is_other and is_whole):
+    (count,) = jax.tree.leaves(state.count)
+    is_late = is_known(count) and bool(np.all(jax.device_get(count) >= 10))
+    if is_above or (is_other and is_whole and is_late):
         raise ValueError(
             "The state's m is whole numbers, as its u or above it: codes of int8 that "
             f"were cast. {_NO_CASTS}"
@@ -211,18 +213,23 @@ def is_known(x: Any) -> bool:
     )
 
 
-def check_ratio(b1: Any, b2: Any, m_dtype: Any, power: int = 1) -> None:
-    """Raises ValueError for one byte for m, stored as its ratio to u, if not bounded.
-
-    It is bounded if ``b1^power < b2``.
-    """
+def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
+    """Refuses one byte for m, stored as its ratio to u, where that is not bounded."""
     if m_dtype is None or not MEANS[m_dtype.name].is_ratio:
         return
-    if isinstance(b1, float) and isinstance(b2, float) and b1**power >= b2:
-        rate = "b1" if power == 1 else f"b1^{power}"
+    if isinstance(b1, float) and isinstance(b2, float) and b1 >= b2:
         raise ValueError(
             f"m_dtype={jnp.dtype(m_dtype).name} stores m/u, which is bounded only for "
-            f"{rate} < b2, got b1={b1} and b2={b2}. Use bfloat16 or float32 for m."
+            f"b1 < b2, got b1={b1} and b2={b2}. Use bfloat16 or float32 for m."
+        )
+
+
+def check_bound(bound: float, limit: float, unit: float, rates: str) -> None:
+    """Raises ValueError if m, stored as its ratio to ``unit`` u, may be cut off."""
+    if bound > limit:
+        raise ValueError(
+            f"m_dtype=int8 stores m / ({unit:g} u), for m/u up to {limit:.1f}, but "
+            f"with {rates} it may reach {bound:.3g}. Use bfloat16 or float32 for m."
         )
 
 
@@ -412,10 +419,17 @@ def check_stored(
         for name, leaf, dtype in (("m", m, m_dtype), ("u", u, u_dtype)):
             if leaf.dtype != dtype:
                 beside = f", beside a parameter in {p_dtype}" if p_dtype else ""
+                known = MEANS | COMPLEX_MEANS if name == "m" else NORMS
+                other = (
+                    f"If init was given parameters of another dtype, pass "
+                    f"{name}_dtype={leaf.dtype.name!r}. "
+                    if p_dtype and leaf.dtype.name in known
+                    else ""
+                )
                 raise TypeError(
                     f"The state's {name} at {name_of(path)} has dtype {leaf.dtype}, "
                     f"but this optimizer stores {dtype.name} ({name}_dtype){beside}. "
-                    f"{_NO_CASTS}"
+                    f"{other}{_NO_CASTS}"
                 )
         if u.shape != u_shape:
             raise ValueError(

@@ -103,6 +103,7 @@ class Int8Mean:
 
     is_ratio, largest = True, float("inf")
     SHIFT, KNEE, LAST, NAN = 19, 1.375 * 2.0**-8, 127, 128
+    LARGEST_RATIO = 1.307
     FIRST = int(np.float32(KNEE).view(np.int32)) >> SHIFT
 
     def ratio(self, stored, unit=1.0):

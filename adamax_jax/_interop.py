@@ -42,6 +42,8 @@ def from_optax(
       adam_b2^count)), of ``optax.adam``, ``adamw`` and others made of
       ``optax.scale_by_adam``.
 
+    A state with both is converted part by part (``notebooks/coming_from.md``).
+
     m has the dtype of mu, and u is real, of that of nu (for :func:`adam` float32 at
     least), bfloat16 below 32 bits. For an optimizer with ``shared_axes`` or another
     storage use :func:`insert_state` or :func:`convert_state` next.
@@ -107,7 +109,8 @@ def to_optax(
     Returns:
       The state, in the same containers; it shares no memory with the given one.
       ``from_optax`` brings back the numbers, and to the bit where m and the u of an
-      AdaMax were stored in 32 bits or more.
+      AdaMax were stored in 32 bits or more. (An Adam's u below 1e-19 or above 1e19 has
+      no square in float32: nu is 0 or infinity.)
 
     Raises:
       ValueError: If there is none of these states, there is a

@@ -84,6 +84,22 @@ divide.defjvps(
 )
 
 
+@jax.custom_jvp
+def root_of_sum(u: jax.Array, square: jax.Array) -> jax.Array:
+    """sqrt(u^2 + square), for u and square >= 0, whose own derivative by 0 is NaN."""
+    return jnp.hypot(u, jnp.sqrt(square))
+
+
+@root_of_sum.defjvp
+def _(primals, tangents):
+    root = root_of_sum(*primals)
+    is_zero = root == 0
+    divisor = jnp.where(is_zero, 1, root)
+    by_u = jnp.where(is_zero, 1, primals[0] / divisor)
+    by_square = jnp.where(is_zero, 0, 0.5 / divisor)
+    return root, by_u * tangents[0] + by_square * tangents[1]
+
+
 def dtype_of(x: Any) -> Any:
     """The dtype of a leaf, or the one that JAX makes of it: of NumPy's float64, say.
 

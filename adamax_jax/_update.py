@@ -19,6 +19,7 @@ from adamax_jax._numerics import (
     dtype_of,
     number,
     quotient,
+    root_of_sum,
     within,
 )
 from adamax_jax._shared_axes import maximum_over
@@ -137,7 +138,7 @@ def _step(g, m, u, c, rule):
 
     def real_step(g, m):
         ahead = c.b1_ahead * m + c.one_minus_b1 * g if rule.nesterov else m
-        root = u if c.eps_root is None else jnp.hypot(u, jnp.sqrt(c.eps_root))
+        root = u if c.eps_root is None else root_of_sum(u, c.eps_root)
         denominator = root if rule.eps_inside else root + c.eps
         return c.correction * quotient(ahead, denominator, rule.is_positive)
 

@@ -176,6 +176,41 @@ def test_derivatives_through_a_step(eps_root):
             np.testing.assert_allclose(actual[i], numeric, rtol=0.02, atol=1e-5)
 
 
+def test_the_derivative_by_an_eps_root_of_zero():
+    """As optax.inject_hyperparams traces it where nothing is said."""
+
+    def travel(eps_root, library, size):
+        optimizer = library.adam(0.1, eps_root=eps_root)
+        state = optimizer.init(jnp.zeros(size))
+        total = 0.0
+        for g in ([1.0, 2.0, 0.0], [2.0, -1.0, 0.0]):
+            update, state = optimizer.update(jnp.array(g[:size]), state)
+            total += update
+        return total[0] + 2 * total[1]
+
+    # Where a gradient is 0, that of Optax is NaN.
+    expected = jax.grad(travel)(0.0, optax, 2)
+    for derivative in (jax.grad, jax.jacfwd):
+        jitted = jax.jit(functools.partial(travel, library=adamax_jax, size=3))
+        np.testing.assert_allclose(derivative(jitted)(0.0), expected, rtol=1e-3)
+
+
+def test_u_remains_a_mean_where_b2_changes():
+    """That of a constant gradient is this gradient, which Optax's is not."""
+
+    def last(library):
+        optimizer = optax.inject_hyperparams(library.adam)(
+            1.0, b2=lambda count: 1 - (count + 1.0) ** -0.8
+        )
+        state = optimizer.init(jnp.zeros(1))
+        for _ in range(3):
+            update, state = optimizer.update(jnp.ones(1), state)
+        return float(update[0])
+
+    assert last(adamax_jax) == pytest.approx(-1, rel=1e-5)
+    assert last(optax) == pytest.approx(-0.894, abs=1e-3)
+
+
 # States, from Optax and back.
 
 
@@ -336,12 +371,36 @@ def test_figures_are_those_of_the_moments(storage):
     assert str(figures)
 
 
+def test_a_wide_u_beside_narrow_parameters(x64):
+    """b2 is 1 in float32, but not in what is computed with."""
+    adam(1e-3, b2=1 - 1e-9, u_dtype="float64").init(jnp.ones(2, jnp.float32))
+    with pytest.raises(ValueError, match="is 1 in float32"):
+        adam(1e-3, b2=1 - 1e-9).init(jnp.ones(2, jnp.float32))
+
+
 def test_codes_that_were_cast_are_refused():
     state = adam(0.1, **TWO_BYTES).init(PARAMS)
     _, state = train(adam(0.1, **TWO_BYTES), PARAMS, state, BEFORE)
     cast = jax.tree.map(lambda x: x.astype(jnp.float32) if x.ndim else x, state)
     with pytest.raises(ValueError, match="codes of int8 that were cast"):
         moments(cast)
+
+
+@pytest.mark.parametrize("make", [adam, adamax])
+@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("b1", [0.0, 0.5, 0.9])
+def test_whole_numbers_are_not_taken_for_codes(b1, steps, make):
+    """Gradients that are multiples of 128 and 10, whose m and u are whole at first."""
+    optimizer = make(1e-3, b1=b1)
+    for sizes in ([200.0, 0.0, -10.0], [128.0, 64.0, 0.0], [1000.0, 500.0, 160.0]):
+        state = optimizer.init(jnp.zeros(3))
+        for step in range(steps):
+            g = jnp.array(sizes) * (1 if step % 3 else -1)
+            _, state = optimizer.update(g, state)
+        moments(state)
+        for _ in range(steps):
+            _, state = optimizer.update(jnp.array(sizes), state)
+            moments(state)
 
 
 # Adam for some parameters, AdaMax for others.
@@ -426,9 +485,14 @@ def test_errors_name_the_argument():
         adam(0.1, mu_dtype="bfloat16", m_dtype="int8")
     with pytest.raises(ValueError, match=r"mu_dtype must be None or one of .* float16"):
         adam(0.1, mu_dtype="float16")
-    with pytest.raises(ValueError, match=r"m/u, .* b1\^2 < b2, got b1=0.9 and b2=0.8"):
-        adam(0.1, b2=0.8, m_dtype="int8")
-    adam(0.1, b2=0.82, m_dtype="int8")
+    for rates, bound in (
+        ({"b2": 0.8}, "inf"),
+        ({"b1": 0.5}, "18.3"),
+        ({"b2": 0.9999}, "22.9"),
+    ):
+        with pytest.raises(ValueError, match=rf"m / \(8 u\), .* it may reach {bound}"):
+            adam(0.1, **rates, m_dtype="int8")
+    adam(0.1, b2=0.95, m_dtype="int8")
     with pytest.raises(ValueError, match="eps_root must be finite and at least 0"):
         adam(0.1, eps_root=-1.0)
     with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\)"):

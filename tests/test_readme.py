@@ -30,9 +30,14 @@ def section(text, heading):
     return re.search(pattern, text, FLAGS)[1]
 
 
+def examples(text, heading):
+    """The examples of a section."""
+    return re.findall(r"^```python\n(.*?)^```", section(text, heading), FLAGS)
+
+
 def example(text, heading):
     """The first example of a section."""
-    return re.search(r"^```python\n(.*?)^```", section(text, heading), FLAGS)[1]
+    return examples(text, heading)[0]
 
 
 def run(code, **names):
@@ -104,6 +109,19 @@ def test_adam_example():
     names = run(example(README.read_text(), "Choosing how to store the state"))
     arrays = [x for x in jax.tree.leaves(names["state"]) if x.ndim]
     assert sum(x.nbytes for x in arrays) == 2 * (800 + 64)
+
+
+def test_continuing_both_example():
+    state = run(examples(page("coming_from"), "Continue a run")[2])["state"]
+    kinds = {name: inner.inner_state[0] for name, inner in state.inner_states.items()}
+    assert isinstance(kinds["rare"], adamax_jax.ScaleByLpAdamState)
+    assert isinstance(kinds["rest"], adamax_jax.ScaleByAdamaxState)
+
+
+def test_continuing_adam_example():
+    names = run(examples(page("coming_from"), "Continue a run")[1])
+    assert int(names["back"][0].count) == 1
+    assert names["state"][0].u["kernel"].dtype == jnp.uint8
 
 
 def test_family_example():
