@@ -23,7 +23,7 @@ from adamax_jax._checks import (
     check_state,
     check_stored,
 )
-from adamax_jax._formats import MEANS, NORMS
+from adamax_jax._formats import MEANS, NORMS, Int8Mean
 from adamax_jax._learning_rate import decayed_weights, descend
 from adamax_jax._numerics import arithmetic_dtype, cast, divide, number
 from adamax_jax._trees import dtypes_beside, update_leaves, zeros_beside
@@ -252,9 +252,9 @@ def scale_by_order(
     eps_root = check_eps("eps_root", eps_root)
     m_dtype = check_dtype("m_dtype", m_dtype, MEANS)
     u_dtype = check_dtype("u_dtype", u_dtype, NORMS)
-    if m_dtype is not None and MEANS[m_dtype.name].is_ratio:
+    if m_dtype == jnp.int8:
         bound = _longest_ratio(p, b1, b2, decay_power)
-        limit = RATIO_UNIT * MEANS[m_dtype.name].LARGEST_RATIO
+        limit = RATIO_UNIT * Int8Mean.LARGEST_RATIO
         check_bound(bound, limit, RATIO_UNIT, f"p={p}, b1={b1} and b2={b2}")
     # A mean of finite order multiplies the eps inside of it by a weight, which may be
     # so small that the product is 0.
