@@ -312,8 +312,9 @@ def _carry_of_each(dither, shift, bits):
         index = zeros + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         step = _GOLDEN * math.prod(bits.shape[axis + 1 :]) % (1 << 32)
         place += index * np.uint32(step)
-    own = (place >> np.uint32(32 - shift)).astype(jnp.int32)
-    return (own + _carry(dither, shift)) & ((1 << shift) - 1)
+    # A sum modulo 1, in units of 2^-32. A dither has 24 bits.
+    place += (dither * 2.0**24).astype(jnp.uint32) << np.uint32(8)
+    return (place >> np.uint32(32 - shift)).astype(jnp.int32)
 
 
 def _upper_half(magnitude, carry):
