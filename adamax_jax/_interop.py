@@ -77,9 +77,7 @@ def from_optax(
 
       An Adam that goes on in two bytes:
 
-      >>> optimizer = optax.adam(0.1)
-      >>> _, state = optimizer.update(gradient, optimizer.init(gradient))
-      >>> state = from_optax(state, adam_b2=0.999)
+      >>> state = from_optax(optax.adam(0.1).init(gradient), adam_b2=0.999)
       >>> state = convert_state(state, m_dtype="int8", u_dtype="uint8")
       >>> optimizer = adam(0.1, m_dtype="int8", u_dtype="uint8")
       >>> update, state = optimizer.update(gradient, state)

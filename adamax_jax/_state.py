@@ -267,7 +267,7 @@ def read_moments(state: OptimizerState) -> tuple[optax.Updates, optax.Updates]:
 
 
 def read(
-    stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike, unit: float
+    stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike, unit: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     """m and u of one leaf as numbers, in float32 at least."""
     mean, norm = formats(stored_m.dtype, stored_u.dtype)

@@ -252,7 +252,14 @@ def test_optax_continued_here_is_optax_uninterrupted(name):
     chex.assert_trees_all_close(back, end, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRS if name != "mu_dtype"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "a schedule" else pytest.param(name, marks=pytest.mark.long)
+        for name in PAIRS
+        if name != "mu_dtype"
+    ],
+)
 def test_from_here_on_in_optax(name):
     theirs, ours = PAIRS[name]
     params, state = train(ours, PARAMS, ours.init(PARAMS), BEFORE)
@@ -320,7 +327,17 @@ def test_a_running_adam_goes_on_in_few_bytes(storage):
 
 
 @EVERY_STORAGE
-@pytest.mark.parametrize("target", STORAGES.values(), ids=STORAGES)
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(
+            target,
+            id=name,
+            marks=[] if name in ("8 bytes", "2 bytes") else pytest.mark.long,
+        )
+        for name, target in STORAGES.items()
+    ],
+)
 def test_states_are_inserted_and_converted_alike(storage, target):
     _, state = train(
         adam(0.1, **storage), PARAMS, adam(0.1, **storage).init(PARAMS), BEFORE
@@ -387,7 +404,7 @@ def test_codes_that_were_cast_are_refused():
 
 
 @pytest.mark.parametrize("make", [adam, adamax])
-@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("steps", [1, 2, pytest.param(20, marks=pytest.mark.long)])
 @pytest.mark.parametrize("b1", [0.0, 0.5, 0.9])
 def test_whole_numbers_are_not_taken_for_codes(b1, steps, make):
     """Gradients that are multiples of 128 and 10, whose m and u are whole at first."""
