@@ -56,9 +56,9 @@ def scale_by_adam(
       nesterov: Whether to look one step ahead in the mean, as in Optax.
       m_dtype: What m is stored in: None for the parameter's own dtype (bfloat16 where
         that has fewer than 32 bits), "float64", "float32", "bfloat16" or, as its ratio
-        to 8 u, "int8", for m/u up to 10.4. Its bound is ``(1 - b1) / sqrt((1 - b2) *
+        to 8 u, "int8", for m/u up to 10.46. Its bound is ``(1 - b1) / sqrt((1 - b2) *
         (1 - b1^2 / b2))``, 7.27 at the default rates; a ValueError is raised where it
-        is above 10.4, as for ``b1=0.5``, unless the rates are traced.
+        is above that, as for ``b1=0.5``, unless the rates are traced.
       u_dtype: What u is stored in: None for float32, or float64 where the parameter
         is; "float64", "float32", "bfloat16" or "uint8".
 

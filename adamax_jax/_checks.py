@@ -228,7 +228,7 @@ def check_bound(bound: float, limit: float, unit: float, rates: str) -> None:
     """Raises ValueError if m, stored as its ratio to ``unit`` u, may be cut off."""
     if bound > limit:
         raise ValueError(
-            f"m_dtype=int8 stores m / ({unit:g} u), for m/u up to {limit:.1f}, but "
+            f"m_dtype=int8 stores m / ({unit:g} u), for m/u up to {limit:.2f}, but "
             f"with {rates} it may reach {bound:.3g}. Use bfloat16 or float32 for m."
         )
 
@@ -419,11 +419,11 @@ def check_stored(
         for name, leaf, dtype in (("m", m, m_dtype), ("u", u, u_dtype)):
             if leaf.dtype != dtype:
                 beside = f", beside a parameter in {p_dtype}" if p_dtype else ""
-                known = MEANS | COMPLEX_MEANS if name == "m" else NORMS
+                allowed = MEANS if name == "m" else NORMS
                 other = (
-                    f"If init was given parameters of another dtype, pass "
+                    "An optimizer that stores it so has "
                     f"{name}_dtype={leaf.dtype.name!r}. "
-                    if p_dtype and leaf.dtype.name in known
+                    if leaf.dtype.name in allowed
                     else ""
                 )
                 raise TypeError(

@@ -103,8 +103,8 @@ class Int8Mean:
 
     is_ratio, largest = True, float("inf")
     SHIFT, KNEE, LAST, NAN = 19, 1.375 * 2.0**-8, 127, 128
-    LARGEST_RATIO = 1.307
     FIRST = int(np.float32(KNEE).view(np.int32)) >> SHIFT
+    LARGEST_RATIO = float(np.int32((LAST + FIRST) << SHIFT).view(np.float32)) - KNEE
 
     def ratio(self, stored, unit=1.0):
         code = stored.astype(jnp.int32)

@@ -45,7 +45,7 @@ from adamax_jax._xla import as_rounded, larger, smaller
 _INFINITE_ORDER = 1e28
 # Whole powers up to this one are taken by products, in half the time of exp and log.
 _LARGEST_PRODUCT = 64
-# In int8 m is stored as m / (8 u), up to 10.4 in size: at p = 2 its bound is 5.15, and
+# In int8 m is stored as m / (8 u), up to 10.46 in size: at p = 2 its bound is 5.15, and
 # 7.27 at Optax's rates. A power of two, which rounds nothing.
 RATIO_UNIT = 8.0
 
@@ -139,10 +139,9 @@ def scale_by_lp_adam(
     uint8     21 %              76 %
     ========  ================  ============================
 
-    The first does not grow: after 10^5 steps it is the same. (The second is after 3000
-    steps of noise; 15 % and 88 % after 300.) Steps in uint8 are 2 % longer on average,
-    5 % where one gradient in 50 is not 0 (p = 8: 4 % shorter). A uint8 u spans what
-    AdaMax's does.
+    The first does not grow: after 10^5 steps it is the same. The second is after 3000
+    steps of noise, and larger after fewer. Steps in uint8 are 2 % longer on average, up
+    to 7 % where gradients are rare. A uint8 u spans what AdaMax's does.
 
     Args:
       p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
@@ -157,7 +156,7 @@ def scale_by_lp_adam(
         True in :func:`scale_by_adamax`, which takes that of ``optax.scale_by_adamax``.
       m_dtype: What m is stored in: None for the parameter's own dtype (bfloat16 where
         that has fewer than 32 bits), "float64", "float32", "bfloat16" or, as its ratio
-        to 8 u, "int8", for m/u up to 10.4: the bound above must be below that, which
+        to 8 u, "int8", for m/u up to 10.46: the bound above must be below that, which
         for traced numbers is not checked.
       u_dtype: What u is stored in: None for float32, or float64 where the parameter
         is; "float64", "float32", "bfloat16" or "uint8".

@@ -414,10 +414,10 @@ def test_whole_numbers_are_not_taken_for_codes(b1, steps, make):
         for step in range(steps):
             g = jnp.array(sizes) * (1 if step % 3 else -1)
             _, state = optimizer.update(g, state)
-        moments(state)
+        chex.assert_trees_all_equal(moments(state), (state[0].m, state[0].u))
         for _ in range(steps):
             _, state = optimizer.update(jnp.array(sizes), state)
-            moments(state)
+            chex.assert_trees_all_equal(moments(state), (state[0].m, state[0].u))
 
 
 # Adam for some parameters, AdaMax for others.
