@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import re
+import weakref
 
 import chex
 import jax
@@ -18,8 +19,8 @@ from sequences import STORAGES
 from versions import needs_new_xla
 
 from adamax_jax import adam, adamax, master_weights
+from adamax_jax.__main__ import main
 from adamax_jax._lab import bench, shapes
-from adamax_jax._lab.cli import main
 
 LEAF = 1000
 # The array of which the temporary memory is looked at, and the bytes that scalars take.
@@ -175,8 +176,6 @@ def test_shapes_are_those_of_the_models():
     def count(arrays):
         return len(arrays), sum(math.prod(shape) for shape in arrays.values())
 
-    # torchvision.models.resnet50 has as many.
-    assert count(shapes.resnet50()) == (161, 25_557_032)
     # GPT-2, whose smallest has 124,439,808.
     gpt2 = shapes.transformer(layers=12, width=768, vocabulary=50_257)
     assert count(gpt2) == (148, 124_439_808)
@@ -184,119 +183,119 @@ def test_shapes_are_those_of_the_models():
     assert count(shapes.llama2()) == (291, 6_738_415_616)
     assert count(shapes.llama2_70b()) == (723, 68_976_648_192)
     assert count(shapes.transformer()) == (100, 34_132_992)
-    assert count(shapes.many()) == (1000, 1_000_000)
+    assert count(shapes.many()) == (100, 100_000)
     assert shapes.matrix(16_000) == (16, 1000) and shapes.matrix(10) == (10,)
+
+
+def test_two_take_turns_in_random_order():
+    calls = []
+
+    def measure(name, seconds):
+        calls.append(name)
+        return seconds
+
+    rounds = 30
+    pairs = bench.take_turns(
+        lambda: measure("own", 2.0), lambda: measure("reference", 1.0), rounds
+    )
+    assert pairs == [(2.0, 1.0)] * rounds
+    turns = list(zip(calls[::2], calls[1::2], strict=True))
+    assert len(turns) == bench.WARM_UP + rounds
+    assert set(turns) == {("own", "reference"), ("reference", "own")}
+
+
+def test_a_call_is_timed_after_others(monkeypatch):
+    clock = iter([0.0, bench.SETTLE / 2, bench.SETTLE, 7.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    calls = []
+    assert bench.settled(lambda: calls.append(0))() == 7.0 - bench.SETTLE
+    assert len(calls) == 3
 
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """No steps only for the machine to settle, but one."""
+    """One call to settle."""
     monkeypatch.setattr(bench, "SETTLE", 1e-9)
 
 
-def test_contenders_take_turns(at_once):
-    """In another order each round, each after a step of its own that is not timed."""
-    names, rounds = "abc", 20
-    calls = []
-    runs = {name: lambda name=name: calls.append(name) for name in names}
-    seconds = bench.take_turns(runs, rounds)
-    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys(
-        names, rounds
-    )
-    untimed, timed = calls[::2], calls[1::2]
-    assert untimed == timed
-    orders = ["".join(order) for order in zip(*[iter(timed)] * len(names), strict=True)]
-    assert len(orders) == bench.WARM_UP + rounds
-    assert all(sorted(order) == list(names) for order in orders)
-    assert len(set(orders)) == math.factorial(len(names))
-
-
-@pytest.mark.parametrize("name", [*bench.OPTIMIZERS, *bench.GROWTH, *bench.HALF])
+@pytest.mark.parametrize("name", ["adamax int8/uint8", "bfloat16: optax.adamax"])
 def test_a_step_is_donated_and_waited_for(name, monkeypatch):
-    gradients = bench.gradients_for({"array": (LEAF,)})
-    run = bench.contenders(flattened=False)[name](gradients)
+    run = bench.contenders()[name](bench.gradients_for({"array": (LEAF,)}))
     waited = []
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
     for _ in range(2):
         before = jax.tree.leaves((run._params, run._state))
         run()
         assert all(x.is_deleted() for x in before)
-    assert len(waited) == 2
     assert jax.tree.leaves(waited[-1]) == jax.tree.leaves((run._params, run._state))
-
-
-def test_the_first_compiling_is_not_counted(monkeypatch):
-    monkeypatch.setattr(bench, "TREES", {bench.MANY: shapes.many(2, 10)})
-    calls = []
-    monkeypatch.setattr(bench, "_compile", lambda *_: calls.append(0) or (1.0, 2.0))
-    rounds = 3
-    rows = bench.compile_rows(rounds)
-    assert len(calls) == (1 + rounds) * len(bench.OPTIMIZERS)
-    assert {row.rounds for row in rows} == {rounds}
-    assert {(row.what, row.milliseconds.median) for row in rows} == {
-        ("trace and lower", 1000),
-        ("compile", 2000),
-    }
 
 
 def test_compiling_begins_with_empty_caches(monkeypatch):
     cleared = []
     monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(0))
     optimizer = bench.OPTIMIZERS[bench.REFERENCE]
-    trace, compile = bench._compile(optimizer, {"array": jnp.ones(3)})
-    assert trace > 0 and compile > 0 and cleared == [0]
+    for end in (bench.TRACE, bench.COMPILE):
+        assert bench._compile(optimizer, {"array": jnp.ones(3)}, end)() > 0
+    assert len(cleared) == 2
 
 
-def test_a_contender_that_cannot_run_is_left_out(monkeypatch, capsys):
+def test_one_contender_is_held_at_a_time_and_none_stops_the_others(
+    at_once, monkeypatch, capsys
+):
+    class Run(bench.CopyRun):
+        pass
+
+    made = []
+
+    def make(gradients):
+        # Beside the reference, which was made first.
+        assert sum(run() is not None for run in made) <= 1
+        run = Run(gradients)
+        made.append(weakref.ref(run))
+        return run
+
     def fail(gradients):
         raise MemoryError("no room")
 
-    gradients = bench.gradients_for({"array": (10,)})
-    makers = {"copy": bench.CopyRun, "broken": fail}
-    monkeypatch.setattr(bench, "contenders", lambda flattened: makers)
-    assert list(bench.make_runs(gradients, flattened=False)) == ["copy"]
+    makers = {bench.REFERENCE: make, "broken": fail, "a": make, "b": make}
+    monkeypatch.setattr(bench, "contenders", lambda: makers)
+    rows = list(bench.step_rows("one", {"array": (10,)}, rounds=1))
+    assert [row.contender for row in rows] == [bench.REFERENCE, "a", "b"]
     assert "left out: broken: no room" in capsys.readouterr().err
     # Nothing can be said without the one that the others are compared to.
     makers[bench.REFERENCE] = fail
     with pytest.raises(MemoryError, match="no room"):
-        bench.make_runs(gradients, flattened=False)
+        list(bench.step_rows("one", {"array": (10,)}, rounds=1))
 
 
 def test_bytes_are_counted(at_once):
     rows = {
         row.contender: row
-        for row in bench.step_rows("one", {"array": (LARGE,)}, rounds=2)
+        for row in bench.step_rows("one", {"array": (100, 1000)}, rounds=1)
     }
     # The scalars of the state are the rest.
     almost = functools.partial(pytest.approx, abs=1e-3)
-    for name, state in {
-        "optax.adamax": 8,
-        "optax.adam": 8,
-        "adamax float32": 8,
-        "adamax bfloat16/bfloat16": 4,
-        "adamax int8/uint8": 2,
-        "adam int8/uint8": 2,
-    }.items():
+    for name, parameter, state in [
+        ("optax.adamax", 4, 8),
+        ("optax.adam", 4, 8),
+        ("adamax float32", 4, 8),
+        ("adamax bfloat16/bfloat16", 4, 4),
+        ("adamax int8/uint8", 4, 2),
+        ("adamax int8 and shared u", 4, 1.004),
+        ("adamax int8/uint8, bounded growth", 4, 2),
+        ("adam int8/uint8", 4, 2),
+        ("bfloat16: optax.adamax", 2, 4),
+        ("bfloat16: optax.adam and a float32 copy", 2, 12),
+        ("bfloat16: adamax float32 and int16", 2, 10),
+        ("bfloat16: adamax int8/uint8 and int16", 2, 4),
+        ("bfloat16: adamax int8/uint8 and int8", 2, 3),
+    ]:
         row = rows[name]
         assert row.state_bytes_per_parameter == almost(state)
         # The gradient once, the parameter and the state twice.
-        assert row.moved_bytes_per_parameter == almost(4 + 2 * (4 + state))
+        assert row.moved_bytes_per_parameter == almost(3 * parameter + 2 * state)
         assert row.milliseconds.low <= row.milliseconds.median <= row.milliseconds.high
-    # Of parameters in bfloat16; with what is kept of the float32 ones.
-    for name, state in {
-        "optax.adamax": 4,
-        "optax.adam and a float32 copy": 12,
-        "adamax float32 and int16": 10,
-        "adamax int8/uint8 and int16": 4,
-        "adamax int8/uint8 and int8": 3,
-    }.items():
-        row = rows[f"bfloat16: {name}"]
-        assert row.state_bytes_per_parameter == almost(state)
-        assert row.moved_bytes_per_parameter == almost(2 + 2 * (2 + state))
     assert rows["copy"].moved_bytes_per_parameter == 8
-    assert rows["copy"].share_of_bandwidth == pytest.approx(1)
-    assert rows["optax.adamax"].ratio == (1, 1, 1)
-    assert rows["copy"].gigabytes_per_second > 0
 
 
 def test_every_contender_takes_the_steps_of_its_optimizer():
@@ -318,58 +317,23 @@ def test_every_contender_takes_the_steps_of_its_optimizer():
 
         return two_steps(jax.tree.map(jnp.ones_like, first))
 
-    adams = ("optax.adam", "adam float32", "adam int8/uint8")
-    others = dict.fromkeys(adams, optax.adam) | dict.fromkeys(
-        bench.GROWTH, functools.partial(adamax, b2=0.99, max_growth=1.1)
-    )
+    bounded = functools.partial(adamax, b2=0.99, max_growth=2)
+    adams = {"optax.adam", "adam float32", "adam int8/uint8"}
     # 1 was added and subtracted; a uint8 u is known to a ninth of itself, an int8 m to
     # 4 to 6 %.
     float32_error, errors = 1e-3, {"bfloat16": 0.01, "uint8": 0.2, "shared": 0.07}
-    for name, make in bench.contenders(flattened=True).items():
-        run = make(first)
+    for name in bench.OPTIMIZERS:
+        run = bench.contenders()[name](first)
         run()
-        if not name.startswith(("adam", "optax")):
-            continue
         run._gradients = second
         run()
         (error,) = [e for n, e in errors.items() if n in name] or [float32_error]
+        unbounded = optax.adam if name in adams else optax.adamax
         chex.assert_trees_all_close(
             jax.tree.map(lambda p: p - 1, run._params),
-            moved(others.get(name, optax.adamax)),
+            moved(bounded if "bounded" in name else unbounded),
             rtol=error,
         )
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """What is measured, without measuring it."""
-    calls = []
-    for name in ("step_rows", "uncompiled_rows", "compile_rows"):
-        monkeypatch.setattr(
-            bench, name, lambda *args, name=name: calls.append((name, *args)) or [name]
-        )
-    return calls
-
-
-def test_everything_up_to_the_largest_size_is_measured(recorded, monkeypatch):
-    small, large = shapes.many(3, 10), shapes.many(2, 100)
-    monkeypatch.setattr(bench, "SIZES", (10, 100, 1000))
-    monkeypatch.setattr(bench, "TREES", {"large": large, bench.MANY: small})
-    measured = list(bench.measure(max_size=50, rounds=8))
-    one = [("step_rows", f"one of {n}", {"array": (n,)}, 8) for n in (10, 50)]
-    assert recorded == [
-        *one,
-        ("step_rows", bench.MANY, small, 8),
-        ("uncompiled_rows", 8),
-        ("compile_rows", 2),
-    ]
-    assert measured == [[name] for name, *_ in recorded]
-
-
-def test_small_arrays_alone(recorded, monkeypatch):
-    monkeypatch.setattr(bench, "TREES", {bench.MANY: shapes.many(3, 10)})
-    list(bench.measure(max_size=9, rounds=1))
-    assert recorded == [("step_rows", "one of 9", {"array": (9,)}, 1)]
 
 
 def test_command(at_once, monkeypatch, tmp_path, capsys):
@@ -378,32 +342,37 @@ def test_command(at_once, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "OPTIMIZERS", few)
     monkeypatch.setattr(bench, "HALF", {})
     monkeypatch.setattr(bench, "SIZES", (10, 100))
-    monkeypatch.setattr(bench, "TREES", {bench.MANY: shapes.many(3, 10)})
+    trees = {bench.SMALL: shapes.many(3, 10), "large": shapes.many(2, 100)}
+    monkeypatch.setattr(bench, "TREES", trees)
     path, figure = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = ["bench", "--max-size", "20", "--repetitions", "2"]
     assert main([*arguments, "--json", str(path), "--figure", str(figure)]) == 0
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     results = json.loads(path.read_text())
     assert results["rounds"] == 2
     assert results["versions"]["optax"] == optax.__version__
     assert results["command"].endswith("bench --max-size 20 --repetitions 2")
-    steps = [row for row in results["rows"] if "leaves" in row]
-    assert {row["parameters"] for row in steps} == {10, 20, 30}
-    assert any("flattened" in row["contender"] for row in steps)
-    kinds = {row["what"] for row in results["rows"] if "what" in row}
-    assert kinds == {"update, not compiled", "trace and lower", "compile"}
-    for row in results["rows"]:
+    rows = results["rows"]
+    # What is larger is left out.
+    assert list(dict.fromkeys((row["time_of"], row["parameters"]) for row in rows)) == [
+        (bench.STEP, 10),
+        (bench.STEP, 20),
+        (bench.STEP, 30),
+        (bench.EAGER, 30),
+        (bench.TRACE, 30),
+        (bench.COMPILE, 30),
+    ]
+    assert len(rows) == 3 * len(bench.contenders()) + 3 * len(few)
+    for row, line in zip(rows, progress.splitlines(), strict=True):
         assert f"| {row['contender']} |" in printed
+        assert line.endswith(f"{row['arrays']}, {row['time_of']}, {row['contender']}")
         assert row["milliseconds"][0] > 0
+    assert progress.splitlines()[-1].startswith(f"{len(rows)}/{len(rows)}  ")
     assert "Medians of 2 rounds" in printed
-    again = [row for row in steps if row["contender"] == bench.AGAIN]
-    assert len(again) == 3
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("option", ["--max-size", "--repetitions"])
-def test_what_is_counted_is_above_0(option, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["bench", option, "0"])
-    assert exit.value.code == 2
-    assert "'0' is not a whole number above 0" in capsys.readouterr().err
+def test_the_contenders_of_the_figure():
+    """At most five, each with a colour of its own."""
+    assert set(bench.COLORS) <= set(bench.OPTIMIZERS)
+    assert len(set(bench.COLORS.values())) == len(bench.COLORS) <= 5

@@ -47,18 +47,10 @@ def test_a_shared_u_is_divided_too():
     assert row.state_bytes * 8 == PARAMETERS + 4 * rows
 
 
-def test_all_methods_are_reckoned(monkeypatch):
+def test_all_methods_have_rows(monkeypatch):
     assert set(BYTES) | {"adamax int8 and shared u"} == set(scale.METHODS)
     monkeypatch.setattr(scale, "MODELS", {"small": SMALL})
-    rows = scale.rows()
-    assert len(rows) == len(scale.METHODS) * len(scale.DEVICES) * len(scale.DIVIDED)
-    table = scale.markdown(rows)
-    # The parameters are held whole, so their number is the same on any devices.
-    assert (
-        "| small | ZeRO-1 | optax.adam | 0.00472 | 0.00118 / 0.000148 / 3.69e-05 |"
-        in (table)
-    )
-    assert "over 8, 64, 256 devices" in table
+    assert len(scale.rows()) == len(scale.METHODS) * len(scale.DEVICES) * 2
 
 
 def test_a_row_has_no_lists():

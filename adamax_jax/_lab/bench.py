@@ -1,12 +1,15 @@
-"""What an update costs, beside what one could use instead.
+"""What a step costs, beside what one could use instead.
 
-The update and its addition to the parameters are timed for one array of growing size
-and for the arrays of real models, compiled and not, and so is compiling them. All
-contenders take turns in one process, in another random order each round: a ratio is the
-median over rounds of the ratios within a round. optax.adamax takes part twice: what its
-second row differs from 1 is noise. One contender only reads and writes an array in
-place: where arrays are larger than the caches, what it reaches is the limit for the
+Timed are compiled steps (the update and its addition to the parameters) of one array of
+growing size, of a transformer's 100 arrays, and of 100 small ones; and of the small
+ones the update without jit, tracing and compiling. Each optimizer takes turns with
+optax.adamax, in random order: a ratio is the median over rounds of the ratios within a
+round. The row of optax.adamax itself shows the noise. One row only reads and writes an
+array in place: where arrays are larger than the caches, its GB/s are the limit for the
 others.
+
+The default run takes three to five minutes and 2 GB on two cores. Both grow with
+--max-size: 64 million take ten minutes and 3 GB.
 
 --for DEVICES measures no times: JAX compiles for devices that are not there, and what
 a step moves in their memory is read from the compiled program.
@@ -14,7 +17,6 @@ a step moves in their memory is read from the compiled program.
 
 import argparse
 import functools
-import gc
 import math
 import os
 import statistics
@@ -28,41 +30,38 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from adamax_jax._lab import compiled, shapes, targets
-from adamax_jax._lab.cli import Command, environment, figure_path, positive_int
+from adamax_jax._lab import compiled, shapes
+from adamax_jax._lab.command import (
+    MATPLOTLIB,
+    Command,
+    add_figure,
+    environment,
+    positive_int,
+)
 from adamax_jax._lab.contenders import (
-    GROWTH,
     HALF,
     LEARNING_RATE,
     OPTIMIZERS,
     REFERENCE,
-    SHARED,
-    SHARED_NAME,
     Step,
     optax_step,
 )
 
-AGAIN = "optax.adamax, again"
-WARM_UP, REPETITIONS = 3, 20
+WARM_UP, REPETITIONS = 1, 10
 # The contender before leaves threads spinning and memory to be freed. So each takes
 # steps that are not timed for so many seconds, before the one that is.
-SETTLE = 0.05
-SIZES = (100_000, 400_000, 1_600_000, 6_400_000, 16_000_000, 64_000_000)
-TREES = {
-    "transformer": shapes.transformer(),
-    "ResNet-50": shapes.resnet50(),
-    "1000 of 1000": shapes.many(),
-}
-MANY = "1000 of 1000"
+SETTLE = 0.02
+SIZES = (100_000, 1_600_000, 16_000_000)
+SMALL = "100 arrays of 1000"
+TREES = {"a transformer's 100 arrays": shapes.transformer(), SMALL: shapes.many()}
 # Distribution packages of the contenders that are measured where they are installed.
 OPTIONAL = ("torch", "flashoptim-jax")
 
-FLATTENED = {
-    f"{name}, flattened": optax.flatten(OPTIMIZERS[name])
-    for name in (REFERENCE, "adamax float32", "adamax int8/uint8")
-}
+# What is timed. Of the last two, each time with empty caches.
+STEP, EAGER = "compiled step", "update without jit"
+TRACE, COMPILE = "trace and lower", "compile"
+
 Tree = dict[str, jax.Array]
 
 
@@ -76,7 +75,7 @@ def gradients_for(arrays: Mapping[str, shapes.Shape]) -> Tree:
 
 
 class JaxRun:
-    """A JAX optimizer at work on one tree: compiled, its buffers given back to it."""
+    """A JAX optimizer at work on one tree: compiled, its buffers donated to it."""
 
     def __init__(self, init: Callable[[Any], Any], step: Step, gradients: Tree):
         self._gradients = gradients
@@ -102,8 +101,7 @@ class JaxRun:
 class CopyRun:
     """Reads and writes as many numbers as there are parameters, in place."""
 
-    state_bytes = 0
-    temporary_bytes = 0
+    state_bytes = temporary_bytes = 0
 
     def __init__(self, gradients: Tree):
         size = sum(x.size for x in jax.tree.leaves(gradients))
@@ -145,9 +143,13 @@ class TorchRun:
             self._cuda.synchronize()
 
 
+def _optax_run(optimizer, gradients):
+    return JaxRun(optimizer.init, optax_step(optimizer), gradients)
+
+
 def _half_run(optimizer, gradients):
     gradients = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients)
-    return JaxRun(optimizer.init, optax_step(optimizer), gradients)
+    return _optax_run(optimizer, gradients)
 
 
 def _flash_run(gradients):
@@ -161,14 +163,14 @@ def _flash_run(gradients):
     return JaxRun(optimizer.init, optimizer.step, gradients)
 
 
-def contenders(flattened: bool) -> dict[str, Callable[[Tree], Any]]:
-    """What makes the run of each contender, given the gradients."""
+def contenders() -> dict[str, Callable[[Tree], Any]]:
+    """The rows: what makes the run of each contender, given the gradients.
+
+    A new optimizer is added to ``contenders.py``.
+    """
     makers: dict[str, Callable[[Tree], Any]] = {"copy": CopyRun}
-    optimizers = (
-        OPTIMIZERS | {SHARED_NAME: SHARED, AGAIN: OPTIMIZERS[REFERENCE]} | GROWTH
-    )
-    for name, optimizer in (optimizers | (FLATTENED if flattened else {})).items():
-        makers[name] = functools.partial(JaxRun, optimizer.init, optax_step(optimizer))
+    for name, optimizer in OPTIMIZERS.items():
+        makers[name] = functools.partial(_optax_run, optimizer)
     for name, optimizer in HALF.items():
         makers[name] = functools.partial(_half_run, optimizer)
     if "torch" in installed():
@@ -193,36 +195,40 @@ def _is_installed(package):
     return True
 
 
-def make_runs(gradients: Tree, flattened: bool) -> dict[str, Any]:
-    """The contenders that this machine can run, and why not the others."""
-    runs = {}
-    for name, make in contenders(flattened).items():
-        try:
-            runs[name] = make(gradients)
-        except Exception as error:
-            if name in ("copy", REFERENCE):
-                raise
-            print(f"left out: {name}: {error}", file=sys.stderr)
-    return runs
+# Takes a measurement and returns its seconds.
+Measure = Callable[[], float]
 
 
 def take_turns(
-    runs: Mapping[str, Callable[[], None]], rounds: int
-) -> dict[str, list[float]]:
-    """The seconds of each run in each round, all runs once a round in random order."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    measure: Measure, reference: Measure, rounds: int
+) -> list[tuple[float, float]]:
+    """The seconds of both in each round, in random order within a round."""
     order = np.random.default_rng(0)
+    pairs = []
     for i in range(WARM_UP + rounds):
-        for name in order.permutation(list(runs)):
-            begin = start = time.perf_counter()
-            while start - begin < SETTLE:
-                runs[name]()
-                start = time.perf_counter()
-            runs[name]()
-            elapsed = time.perf_counter() - start
-            if i >= WARM_UP:
-                seconds[name].append(elapsed)
-    return seconds
+        if order.random() < 0.5:
+            seconds = measure()
+            pair = seconds, reference()
+        else:
+            seconds = reference()
+            pair = measure(), seconds
+        if i >= WARM_UP:
+            pairs.append(pair)
+    return pairs
+
+
+def settled(call: Callable[[], Any]) -> Measure:
+    """Measures a call, after calls that are not timed."""
+
+    def measure():
+        begin = start = time.perf_counter()
+        while start - begin < SETTLE:
+            call()
+            start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return measure
 
 
 class Spread(NamedTuple):
@@ -240,9 +246,10 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 @dataclass
-class StepRow:
-    """The time of compiled steps of one contender on one tree."""
+class Row:
+    """A time of one contender on one tree; bytes are those of a step."""
 
+    time_of: str
     arrays: str
     leaves: int
     parameters: int
@@ -250,292 +257,257 @@ class StepRow:
     milliseconds: Spread
     # Its time relative to that of optax.adamax in the same round.
     ratio: Spread
-    state_bytes_per_parameter: float
-    moved_bytes_per_parameter: float
-    gigabytes_per_second: float
-    # The time that moving these bytes takes at the bandwidth of the copy, by its time.
-    share_of_bandwidth: float
-    # Beyond the arguments and the results; None where that is not known.
-    temporary_bytes_per_parameter: float | None
+    # The rest is of compiled steps alone, and None where it is not known.
+    state_bytes_per_parameter: float | None = None
+    moved_bytes_per_parameter: float | None = None
+    temporary_bytes_per_parameter: float | None = None
+
+
+def _row(time_of, name, arrays, contender, pairs, run=None):
+    parameters = sum(map(math.prod, arrays.values()))
+    per_parameter = {
+        f"{kind}_bytes_per_parameter": size / parameters
+        for kind in ("state", "moved", "temporary")
+        if run and (size := getattr(run, f"{kind}_bytes")) is not None
+    }
+    return Row(
+        time_of=time_of,
+        arrays=name,
+        leaves=len(arrays),
+        parameters=parameters,
+        contender=contender,
+        milliseconds=spread([1e3 * seconds for seconds, _ in pairs]),
+        ratio=spread([seconds / reference for seconds, reference in pairs]),
+        **per_parameter,
+    )
 
 
 def step_rows(
     name: str, arrays: Mapping[str, shapes.Shape], rounds: int
-) -> list[StepRow]:
-    """Times the compiled steps of all contenders on one tree."""
-    runs = make_runs(gradients_for(arrays), flattened=len(arrays) > 1)
-    seconds = take_turns(runs, rounds)
-    parameters = sum(math.prod(shape) for shape in arrays.values())
-    bandwidth = [runs["copy"].moved_bytes / s for s in seconds["copy"]]
-    return [
-        StepRow(
-            arrays=name,
-            leaves=len(arrays),
-            parameters=parameters,
-            contender=contender,
-            milliseconds=spread([1e3 * s for s in times]),
-            ratio=spread(
-                [s / r for s, r in zip(times, seconds[REFERENCE], strict=True)]
-            ),
-            state_bytes_per_parameter=run.state_bytes / parameters,
-            moved_bytes_per_parameter=run.moved_bytes / parameters,
-            gigabytes_per_second=statistics.median(
-                run.moved_bytes / s / 1e9 for s in times
-            ),
-            share_of_bandwidth=statistics.median(
-                run.moved_bytes / s / b for s, b in zip(times, bandwidth, strict=True)
-            ),
-            temporary_bytes_per_parameter=None
-            if run.temporary_bytes is None
-            else run.temporary_bytes / parameters,
-        )
-        for (contender, run), times in zip(runs.items(), seconds.values(), strict=True)
-    ]
+) -> Iterator[Row]:
+    """Times compiled steps; each contender is freed before the next is made."""
+    gradients = gradients_for(arrays)
+    makers = contenders()
+    reference = settled(makers[REFERENCE](gradients))
+    for contender, make in makers.items():
+        try:
+            run = make(gradients)
+            pairs = take_turns(settled(run), reference, rounds)
+        except Exception as error:
+            print(f"left out: {contender}: {error}", file=sys.stderr)
+            continue
+        yield _row(STEP, name, arrays, contender, pairs, run)
+        del run
+        jax.clear_caches()
 
 
-@dataclass
-class CallRow:
-    """A time that is not that of a compiled step, on many small arrays."""
-
-    arrays: str
-    what: str
-    contender: str
-    rounds: int
-    milliseconds: Spread
-    ratio: Spread
-
-
-Row = StepRow | CallRow
-
-
-def _call_rows(what, seconds):
-    return [
-        CallRow(
-            arrays=MANY,
-            what=what,
-            contender=name,
-            rounds=len(times),
-            milliseconds=spread([1e3 * s for s in times]),
-            ratio=spread(
-                [s / r for s, r in zip(times, seconds[REFERENCE], strict=True)]
-            ),
-        )
-        for name, times in seconds.items()
-    ]
-
-
-def uncompiled_rows(rounds: int) -> list[CallRow]:
-    """Times updates outside of ``jax.jit``, without adding them to the parameters."""
-    gradients = gradients_for(TREES[MANY])
-    params = jax.tree.map(jnp.ones_like, gradients)
-
-    def call(optimizer):
-        state = optimizer.init(params)
-        return lambda: jax.block_until_ready(optimizer.update(gradients, state, params))
-
-    calls = {name: call(optimizer) for name, optimizer in OPTIMIZERS.items()}
-    return _call_rows("update, not compiled", take_turns(calls, rounds))
-
-
-def compile_rows(rounds: int) -> list[CallRow]:
-    """Times tracing and lowering, and compiling, each time with empty caches."""
-    gradients = jax.eval_shape(lambda: gradients_for(TREES[MANY]))
-    front: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
-    back: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
-    order = np.random.default_rng(0)
+def call_rows(
+    name: str, arrays: Mapping[str, shapes.Shape], rounds: int
+) -> Iterator[Row]:
+    """Times updates without jit, tracing and lowering, and compiling."""
+    gradients = gradients_for(arrays)
     on_disk = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        for i in range(1 + rounds):
-            for name in order.permutation(list(OPTIMIZERS)):
-                seconds = _compile(OPTIMIZERS[name], gradients)
-                if i > 0:
-                    front[name].append(seconds[0])
-                    back[name].append(seconds[1])
-    finally:
-        jax.config.update("jax_enable_compilation_cache", on_disk)
-    return _call_rows("trace and lower", front) + _call_rows("compile", back)
+    for time_of, measure in (
+        (EAGER, _eager),
+        (TRACE, functools.partial(_compile, end=TRACE)),
+        (COMPILE, functools.partial(_compile, end=COMPILE)),
+    ):
+        jax.config.update("jax_enable_compilation_cache", False)
+        try:
+            reference = measure(OPTIMIZERS[REFERENCE], gradients)
+            for contender, optimizer in OPTIMIZERS.items():
+                own = measure(optimizer, gradients)
+                pairs = take_turns(own, reference, rounds)
+                yield _row(time_of, name, arrays, contender, pairs)
+        finally:
+            jax.config.update("jax_enable_compilation_cache", on_disk)
 
 
-def _compile(optimizer, gradients):
-    """The seconds of tracing and lowering, and those of compiling."""
+def _eager(optimizer, gradients):
+    params = jax.tree.map(jnp.ones_like, gradients)
+    state = optimizer.init(params)
+    return settled(
+        lambda: jax.block_until_ready(optimizer.update(gradients, state, params))
+    )
+
+
+def _compile(optimizer, gradients, end):
     state = jax.eval_shape(optimizer.init, gradients)
-    jax.clear_caches()
-    gc.collect()
-    start = time.perf_counter()
-    lowered = jax.jit(optax_step(optimizer)).lower(gradients, state, gradients)
-    middle = time.perf_counter()
-    compiled = lowered.compile()
-    end = time.perf_counter()
-    del lowered, compiled
-    return middle - start, end - middle
+
+    def measure():
+        jax.clear_caches()
+        start = time.perf_counter()
+        lowered = jax.jit(optax_step(optimizer)).lower(gradients, state, gradients)
+        if end == COMPILE:
+            start = time.perf_counter()
+            lowered.compile()
+        return time.perf_counter() - start
+
+    return measure
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The tables: one for compiled steps, one for the other times."""
-    steps = [row for row in rows if isinstance(row, StepRow)]
-    calls = [row for row in rows if isinstance(row, CallRow)]
-    tables = []
-    if steps:
-        lines = [
-            "| arrays | optimizer | ms | time / optax.adamax "
-            "| bytes moved per parameter | GB/s | of the copy's "
-            "| state, bytes per parameter "
-            "| temporary, bytes per parameter |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for row in steps:
-            temporary = row.temporary_bytes_per_parameter
-            lines.append(
-                f"| {row.arrays} | {row.contender} | {_interval(row.milliseconds, 3)} "
-                f"| {_interval(row.ratio, 2)} | {row.moved_bytes_per_parameter:.1f} "
-                f"| {row.gigabytes_per_second:.1f} | {row.share_of_bandwidth:.0%} "
-                f"| {row.state_bytes_per_parameter:.2f} "
-                f"| {'' if temporary is None else f'{temporary:.2f}'} |"
-            )
-        tables.append(lines)
-    if calls:
-        lines = [
-            "| arrays | time of | optimizer | rounds | ms | time / optax.adamax |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {row.arrays} | {row.what} | {row.contender} | {row.rounds} "
-            f"| {_interval(row.milliseconds, 0)} | {_interval(row.ratio, 2)} |"
-            for row in calls
-        ]
-        tables.append(lines)
-    return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+def _stages(options):
+    """The stages of a run: a function of a name, arrays and rounds, with the first two.
+
+    --max-size leaves out the trees with a larger array.
+    """
+    largest = options.max_size or SIZES[-1]
+    sizes = [size for size in SIZES if size < largest] + [largest]
+    one = {f"one array of {size:,}": {"array": shapes.matrix(size)} for size in sizes}
+    trees = {
+        name: arrays
+        for name, arrays in TREES.items()
+        if max(map(math.prod, arrays.values())) <= largest
+    }
+    stages = [(step_rows, name, arrays) for name, arrays in (one | trees).items()]
+    if SMALL in trees:
+        stages.append((call_rows, SMALL, trees[SMALL]))
+    return stages
 
 
-def _interval(spread, digits):
-    median, low, high = (f"{x:.{digits}f}" for x in spread)
+def _results(options):
+    for rows, name, arrays in _stages(options):
+        yield from rows(name, arrays, options.repetitions or REPETITIONS)
+
+
+def _total(options):
+    """How many rows there will be, if no contender is left out."""
+    kinds = {step_rows: len(contenders()), call_rows: 3 * len(OPTIMIZERS)}
+    return sum(kinds[rows] for rows, _, _ in _stages(options))
+
+
+def _text(rows: Sequence[Row], options: argparse.Namespace) -> str:
+    """A table of compiled steps, and one of the other times."""
+    steps = [
+        "| arrays | optimizer | ms | time / optax.adamax "
+        "| bytes moved per parameter | GB/s | state, bytes per parameter "
+        "| temporary, bytes per parameter |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    calls = [
+        "| arrays | time of | optimizer | ms | time / optax.adamax |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = f"| {_interval(row.milliseconds)} | {_interval(row.ratio)} |"
+        if row.moved_bytes_per_parameter is None:
+            calls.append(f"| {row.arrays} | {row.time_of} | {row.contender} {times}")
+            continue
+        moved, temporary = (
+            row.moved_bytes_per_parameter,
+            row.temporary_bytes_per_parameter,
+        )
+        speed = moved * row.parameters / row.milliseconds.median / 1e6
+        steps.append(
+            f"| {row.arrays} | {row.contender} {times} {moved:.1f} | {speed:.1f} "
+            f"| {row.state_bytes_per_parameter:.2f} "
+            f"| {'' if temporary is None else f'{temporary:.2f}'} |"
+        )
+    tables = "\n\n".join("\n".join(t) for t in (steps, calls) if len(t) > 2)
+    return f"{tables}\n\n{_caption(_settings(options))}"
+
+
+def _interval(spread):
+    median, low, high = (f"{x:.2f}" for x in spread)
     return f"{median} ({low} to {high})"
 
 
 def _settings(options):
     packages = ["adamax_jax", "jax", "jaxlib", "optax", *installed()]
     flags = f"XLA_FLAGS={os.environ['XLA_FLAGS']} " if "XLA_FLAGS" in os.environ else ""
+    given = {"max-size": options.max_size, "repetitions": options.repetitions}
+    given = [f" --{name} {value}" for name, value in given.items() if value]
     return {
         "environment": environment(),
         "versions": {package: version(package) for package in packages},
         "cores": os.cpu_count(),
-        "rounds": options.repetitions,
+        "rounds": options.repetitions or REPETITIONS,
         "warm_up_rounds": WARM_UP,
-        "max_size": options.max_size,
-        "command": f"{flags}python -m adamax_jax bench --max-size {options.max_size} "
-        f"--repetitions {options.repetitions}",
+        "command": f"{flags}python -m adamax_jax bench{''.join(given)}",
     }
 
 
 def _caption(settings):
-    """The lines under the tables."""
     versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     return (
         f"Medians of {settings['rounds']} rounds after {settings['warm_up_rounds']} of "
-        "warm-up (of compiling, of fewer), and from the tenth to the ninetieth "
-        "percentile; parameters and gradients in float32, or bfloat16 where a row "
-        "begins with it; "
+        "warm-up, and from the tenth to the ninetieth percentile; parameters and "
+        "gradients in float32, or bfloat16 where a row begins with it; "
         f"{settings['environment']}, {settings['cores']} cores; {versions}; "
         f"{settings['command']}.\n"
     )
 
 
-def draw(rows: Sequence[Row], options: argparse.Namespace) -> None:
-    """Time and state per parameter against the size of one array."""
-    import matplotlib.pyplot as plt
+# The contenders of the figure. Okabe and Ito's colours, which colour-blind readers can
+# tell apart.
+COLORS = {
+    REFERENCE: "#000000",
+    "optax.adam": "#0072B2",
+    "adamax float32": "#D55E00",
+    "adamax int8/uint8": "#E69F00",
+    "adam int8/uint8": "#009E73",
+}
 
-    by_contender: dict[str, list[StepRow]] = {}
-    for row in rows:
-        if isinstance(row, StepRow) and row.leaves == 1 and row.contender != AGAIN:
-            by_contender.setdefault(row.contender, []).append(row)
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 4), constrained_layout=True, sharex=True
-    )
-    for i, (name, group) in enumerate(by_contender.items()):
-        sizes = [row.parameters for row in group]
-        per_parameter = np.array([row.milliseconds for row in group]) * 1e6
-        per_parameter /= np.array(sizes)[:, None]
-        look = {"color": _COLORS[i % len(_COLORS)], "marker": "osD^vP*X"[i % 8]}
-        left.plot(sizes, per_parameter[:, 0], label=name, ms=4, **look)
-        left.fill_between(
-            sizes, *per_parameter[:, 1:].T, color=look["color"], alpha=0.15, lw=0
+
+def _draw(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Times relative to optax.adamax, a line for each optimizer; and bytes of state."""
+    from matplotlib.figure import Figure
+
+    steps = [r for r in rows if r.time_of == STEP and r.contender in COLORS]
+    names = list(dict.fromkeys(row.arrays for row in steps))
+    figure = Figure(figsize=(10, 1.5 + 0.9 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    for i, (contender, color) in enumerate(COLORS.items()):
+        group = [row for row in steps if row.contender == contender]
+        if not group:
+            continue
+        # Side by side, so that no contender hides another.
+        places = [names.index(row.arrays) + 0.14 * (i - 2) for row in group]
+        median, low, high = np.array([row.ratio for row in group]).T
+        left.errorbar(
+            median,
+            places,
+            xerr=(median - low, high - median),
+            fmt="o",
+            color=color,
+            label=contender,
         )
-        if name != "copy":
-            state = [row.state_bytes_per_parameter for row in group]
-            right.plot(sizes, state, ms=4, **look)
-    left.set(xscale="log", yscale="log", xlabel="parameters", ylabel="ns per parameter")
-    right.set(xscale="log", xlabel="parameters", ylabel="bytes of state per parameter")
-    right.set_ylim(0, None)
-    left.set_title("Time of a step")
-    right.set_title("State")
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.legend(loc="outside right upper", frameon=False)
-    fig.suptitle(environment(), fontsize=9, color="0.4")
-    fig.savefig(options.figure, dpi=150)
-    plt.close(fig)
-
-
-# Okabe and Ito's, which colour-blind readers can tell apart.
-_COLORS = (
-    "#999999",
-    "#000000",
-    "#E69F00",
-    "#D55E00",
-    "#0072B2",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#F0E442",
-)
-
-
-def measure(max_size: int, rounds: int) -> Iterator[Sequence[Row]]:
-    """The rows of one set of measurements after another."""
-    sizes = [size for size in SIZES if size < max_size] + [max_size]
-    for size in sizes:
-        yield step_rows(f"one of {size:,}", {"array": shapes.matrix(size)}, rounds)
-    for name, arrays in TREES.items():
-        if _largest(arrays) <= max_size:
-            yield step_rows(name, arrays, rounds)
-    if _largest(TREES[MANY]) <= max_size:
-        yield uncompiled_rows(rounds)
-        # Compiling takes minutes a round, and its time varies little.
-        yield compile_rows(max(1, rounds // 4))
-
-
-def _largest(arrays):
-    return max(math.prod(shape) for shape in arrays.values())
+        state = group[0].state_bytes_per_parameter
+        right.barh(contender, state, color=color)
+        right.text(state, contender, f" {state:.0f}", va="center")
+    left.axvline(1, color="0.7", lw=1, zorder=0)
+    left.set_yticks(range(len(names)), names)
+    left.set_xlim(0, None)
+    left.set_xlabel("time of a step, relative to optax.adamax")
+    right.set_xlabel("bytes of state per parameter")
+    right.set_xlim(0, 10)
+    for axes in (left, right):
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(environment(), fontsize=9, color="0.4")
+    figure.savefig(options.figure, dpi=150)
 
 
 def _add_options(parser):
     parser.add_argument(
         "--max-size",
         type=positive_int,
-        default=SIZES[-1],
         metavar="N",
-        help="of the largest array, in parameters (default: %(default)s)",
+        help=f"of the largest array, in parameters (default: {SIZES[-1]})",
     )
     parser.add_argument(
         "--repetitions",
         type=positive_int,
-        default=REPETITIONS,
         metavar="N",
-        help="rounds of which the medians are taken (default: %(default)s)",
+        help=f"rounds of which the medians are taken (default: {REPETITIONS})",
     )
-    parser.add_argument(
-        "--figure",
-        type=figure_path,
-        metavar="PATH",
-        help="where to save the figure",
-    )
+    add_figure(parser)
     parser.add_argument(
         "--for",
         dest="targets",
         type=_target_names,
         metavar="DEVICES",
-        help=f"of {','.join(targets.TARGETS)}: what a step moves there, compiled, "
+        help=f"of {','.join(compiled.TARGETS)}: what a step moves there, compiled, "
         "not run",
     )
 
@@ -544,59 +516,10 @@ def _target_names(text):
     """The type of an option that lists devices."""
     names = text.split(",")
     for name in names:
-        if name not in targets.TARGETS:
-            known = ", ".join(targets.TARGETS)
+        if name not in compiled.TARGETS:
+            known = ", ".join(compiled.TARGETS)
             raise argparse.ArgumentTypeError(f"{name!r} is none of {known}")
     return names
-
-
-def _describe(rows):
-    """A set of measurements, or what was compiled."""
-    return rows[0].arrays if isinstance(rows[0], Row) else rows[0].what
-
-
-def _text(results, options):
-    if options.targets:
-        return compiled.text(_rows_of(results), options.targets)
-    return f"{markdown(_rows_of(results))}\n{_caption(_settings(options))}"
-
-
-def _numbers(results, options):
-    settings = (
-        compiled.settings(options.targets) if options.targets else _settings(options)
-    )
-    return settings | {"rows": [asdict(row) for row in _rows_of(results)]}
-
-
-def _results(options):
-    if options.targets:
-        return compiled.measure(options.targets)
-    return measure(options.max_size, options.repetitions)
-
-
-def _needs(options):
-    if options.targets:
-        return targets.modules(options.targets)
-    return ["matplotlib"] if options.figure else []
-
-
-def _problem(options):
-    if not options.targets:
-        return None
-    given = {
-        "--figure": options.figure is not None,
-        "--max-size": options.max_size != SIZES[-1],
-        "--repetitions": options.repetitions != REPETITIONS,
-    }
-    for name in given:
-        if given[name]:
-            return f"{name} is for times, and --for measures none: leave one out."
-    return None
-
-
-def _rows_of(results):
-    """The rows of all sets of measurements."""
-    return [row for rows in results for row in rows]
 
 
 COMMAND = Command(
@@ -605,11 +528,14 @@ COMMAND = Command(
     description=__doc__,
     epilog="Measured where installed: " + ", ".join(OPTIONAL) + ".",
     add_options=_add_options,
-    needs=_needs,
+    needs=lambda options: MATPLOTLIB if options.figure else {},
+    total=_total,
     results=_results,
-    describe=_describe,
+    describe=lambda row: f"{row.arrays}, {row.time_of}, {row.contender}",
     text=_text,
-    numbers=_numbers,
-    draw=lambda results, options: draw(_rows_of(results), options),
-    problem=_problem,
+    numbers=lambda rows, options: (
+        _settings(options) | {"rows": [asdict(row) for row in rows]}
+    ),
+    draw=_draw,
+    variant=lambda options: compiled.COMMAND if options.targets else None,
 )

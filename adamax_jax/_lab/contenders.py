@@ -1,42 +1,74 @@
-"""The optimizers whose cost is measured, and a step of them."""
+"""The storages and the optimizers that the commands compare."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from adamax_jax import adam, adamax, master_weights
-from adamax_jax._lab.float32_copy import with_float32_copy
+
+# Storages of the state.
+BFLOAT16 = {"m_dtype": "bfloat16", "u_dtype": "bfloat16"}
+TWO_BYTES = {"m_dtype": "int8", "u_dtype": "uint8"}
+# One u for all numbers along the last axis, in arrays with more than one axis.
+SHARED: dict[str, Any] = {"m_dtype": "int8", "u_dtype": "float32", "shared_axes": -1}
+# AdaMax with a shorter memory and a bounded growth of u.
+BOUNDED: dict[str, Any] = {"b2": 0.99, "max_growth": 2}
 
 REFERENCE = "optax.adamax"
 LEARNING_RATE = 1e-3
 
-TWO_BYTES = adamax(LEARNING_RATE, m_dtype="int8", u_dtype="uint8")
-# Along the last axis, by arrays that have more than one.
-SHARED_NAME = "adamax int8 and shared u"
-SHARED = adamax(LEARNING_RATE, m_dtype="int8", u_dtype="float32", shared_axes=-1)
+
+def with_float32_copy(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Mixed precision as usual: the state holds float32 weights, which are trained.
+
+    The parameters, in half precision, are these weights, rounded.
+    """
+
+    def in_float32(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init_fn(params):
+        full = in_float32(params)
+        return full, optimizer.init(full)
+
+    def update_fn(updates, state, params=None):
+        full, inner = state
+        updates, inner = optimizer.update(in_float32(updates), inner, full)
+        full = optax.apply_updates(full, updates)
+        # From the parameter to the rounded copy, in float32: optax.apply_updates
+        # rounds the sum.
+        updates = jax.tree.map(
+            lambda x, p: x.astype(p.dtype).astype(x.dtype) - p.astype(x.dtype),
+            full,
+            params,
+        )
+        return updates, (full, inner)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+# Of parameters and gradients in float32.
 OPTIMIZERS = {
     REFERENCE: optax.adamax(LEARNING_RATE),
     "optax.adam": optax.adam(LEARNING_RATE),
     "adamax float32": adamax(LEARNING_RATE),
-    "adamax bfloat16/bfloat16": adamax(
-        LEARNING_RATE, m_dtype="bfloat16", u_dtype="bfloat16"
+    "adamax bfloat16/bfloat16": adamax(LEARNING_RATE, **BFLOAT16),
+    "adamax int8/uint8": adamax(LEARNING_RATE, **TWO_BYTES),
+    "adamax int8 and shared u": adamax(LEARNING_RATE, **SHARED),
+    "adamax float32, bounded growth": adamax(LEARNING_RATE, **BOUNDED),
+    "adamax int8/uint8, bounded growth": adamax(LEARNING_RATE, **BOUNDED, **TWO_BYTES),
+    "adamax int8 and shared u, bounded growth": adamax(
+        LEARNING_RATE, **BOUNDED, **SHARED
     ),
-    "adamax int8/uint8": TWO_BYTES,
     "adam float32": adam(LEARNING_RATE),
-    "adam int8/uint8": adam(LEARNING_RATE, m_dtype="int8", u_dtype="uint8"),
+    "adam int8/uint8": adam(LEARNING_RATE, **TWO_BYTES),
 }
-_STORAGES: dict[str, dict[str, Any]] = {
-    "adamax float32": {},
-    "adamax int8/uint8": {"m_dtype": "int8", "u_dtype": "uint8"},
-    SHARED_NAME: {"m_dtype": "int8", "u_dtype": "float32", "shared_axes": -1},
-}
-# As the README advises those who come from Adam.
-GROWTH = {
-    f"{name}, bounded growth": adamax(LEARNING_RATE, b2=0.99, max_growth=1.1, **storage)
-    for name, storage in _STORAGES.items()
-}
-# Of parameters and gradients in bfloat16: as they are, and as float32 ones.
+# Of parameters and gradients in bfloat16.
 HALF = {
     "bfloat16: optax.adamax": optax.adamax(LEARNING_RATE),
     "bfloat16: optax.adam and a float32 copy": with_float32_copy(
@@ -45,15 +77,19 @@ HALF = {
     "bfloat16: adamax float32 and int16": master_weights(
         adamax(LEARNING_RATE, m_dtype="float32", u_dtype="float32")
     ),
-    "bfloat16: adamax int8/uint8 and int16": master_weights(TWO_BYTES),
-    "bfloat16: adamax int8/uint8 and int8": master_weights(TWO_BYTES, "int8"),
+    "bfloat16: adamax int8/uint8 and int16": master_weights(
+        adamax(LEARNING_RATE, **TWO_BYTES)
+    ),
+    "bfloat16: adamax int8/uint8 and int8": master_weights(
+        adamax(LEARNING_RATE, **TWO_BYTES), "int8"
+    ),
 }
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 def optax_step(optimizer: optax.GradientTransformation) -> Step:
-    """The update and its addition to the parameters."""
+    """Returns the update and its addition to the parameters as one function."""
 
     def step(params, state, gradients):
         updates, state = optimizer.update(gradients, state, params)

@@ -1,7 +1,8 @@
-"""Figure 2 of the Adam paper, redrawn with AdaMax in it.
+"""Figure 2 of the Adam paper, redrawn with AdaMax and with small states.
 
 A multilayer perceptron with dropout learns the 1797 handwritten digits that
-scikit-learn ships, with AdaMax and five other optimizers.
+scikit-learn ships, with the optimizers of the paper, with AdaMax, and with Adam and
+AdaMax in two bytes of state per parameter.
 """
 
 import argparse
@@ -15,19 +16,22 @@ import jax
 import numpy as np
 import optax
 
-from adamax_jax import adamax
-from adamax_jax._lab.cli import (
-    PACKAGES,
+from adamax_jax import adam, adamax
+from adamax_jax._lab.command import (
+    FLAX,
+    MATPLOTLIB,
+    SKLEARN,
     Command,
+    add_figure,
     add_names,
     environment,
-    figure_path,
     positive_int,
 )
+from adamax_jax._lab.contenders import BOUNDED, TWO_BYTES
 from adamax_jax._lab.tasks import TASKS
 from adamax_jax._lab.train import Method, Run, Trainer
 
-TASK = "mlp"
+TASK = "perceptron"
 FINAL_PASSES = 5
 NEIGHBOURS = 4
 SWEEP = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
@@ -43,9 +47,9 @@ class Contender(NamedTuple):
     style: Any
 
 
-# The learning rates are the best of `demo --sweep`. Colours: Okabe and Ito's, which
+# The learning rates are the best of `demo --sweep`. Okabe and Ito's colours, which
 # colour-blind readers can tell apart; the line styles serve print.
-CONTENDERS = {
+PAPER = {
     "adagrad": Contender("AdaGrad", optax.adagrad, 0.2, "#E69F00", (0, (1, 1))),
     "rmsprop": Contender("RMSProp", optax.rmsprop, 0.002, "#009E73", "-."),
     "sgd": Contender(
@@ -58,6 +62,35 @@ CONTENDERS = {
     "adadelta": Contender("AdaDelta", optax.adadelta, 2.0, "#CC79A7", (0, (5, 3))),
     "adam": Contender("Adam", optax.adam, 0.001, "#0072B2", "--"),
     "adamax": Contender("AdaMax", adamax, 0.008, "#D55E00", "-"),
+}
+SMALL = {
+    "adam-two-bytes": Contender(
+        "Adam, two bytes",
+        functools.partial(adam, **TWO_BYTES),
+        0.002,
+        "#56B4E9",
+        (0, (5, 1, 1, 1)),
+    ),
+    "adamax-bounded": Contender(
+        "AdaMax, b2=0.99, max_growth=2",
+        functools.partial(adamax, **BOUNDED),
+        0.004,
+        "#009E73",
+        "-.",
+    ),
+    "adamax-bounded-two-bytes": Contender(
+        "AdaMax, b2=0.99, max_growth=2, two bytes",
+        functools.partial(adamax, **BOUNDED, **TWO_BYTES),
+        0.004,
+        "#000000",
+        (0, (1, 1)),
+    ),
+}
+CONTENDERS = PAPER | SMALL
+# The two panels of the figure.
+PANELS = {
+    "Figure 2 of the Adam paper, and AdaMax": list(PAPER),
+    "Adam and AdaMax, by bytes of state": ["adam", "adamax", *SMALL],
 }
 
 
@@ -86,7 +119,13 @@ def _add_options(parser):
         metavar="N",
         help="of the weights, the order of the data and the dropout (default: 0)",
     )
-    add_names(parser, "--optimizers", CONTENDERS, default=CONTENDERS)
+    add_names(
+        parser,
+        "--optimizers",
+        CONTENDERS,
+        default=CONTENDERS,
+        help=f"of {', '.join(CONTENDERS)} (default: all)",
+    )
     parser.add_argument(
         "--learning-rate",
         action="append",
@@ -101,13 +140,7 @@ def _add_options(parser):
         help="train each at 1/8 to 8 times its learning rate, in steps of 2, and draw "
         "its best",
     )
-    parser.add_argument(
-        "--figure",
-        type=figure_path,
-        default=Path("adamax_demo.png"),
-        metavar="PATH",
-        help="where to save the figure (default: %(default)s)",
-    )
+    add_figure(parser, default=Path("adamax_demo.png"))
 
 
 def _seed(text: str) -> int:
@@ -145,6 +178,14 @@ def _results(options: argparse.Namespace) -> Iterator[Run]:
             yield trainer.run(TASK, name, rate, options.seed)
 
 
+def _total(options):
+    return len(set(options.optimizers)) * (len(SWEEP) if options.sweep else 1)
+
+
+def _first_line(options):
+    return f"{_total(options)} trainings of a few seconds each. Loading Flax ..."
+
+
 def _problem(options):
     for name, rate in options.learning_rate:
         if name not in options.optimizers:
@@ -169,26 +210,36 @@ def _best(runs, epochs):
 
 def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     best = _best(runs, options.epochs)
-    lines = [
-        f"| {'optimizer':<12} | {'learning rate':>13} | {'training cost':>13} "
-        f"| {'test accuracy':>13} | {'state bytes':>11} | {'seconds':>7} |",
-        f"|{'-' * 14}|{'-' * 14}:|{'-' * 14}:|{'-' * 14}:|{'-' * 12}:|{'-' * 8}:|",
-    ]
-    if options.sweep:
-        lines = [lines[0] + "      |", lines[1] + "------|"]
+    width = max(len(CONTENDERS[name].label) for name in best)
+    columns = [f"{'optimizer':<{width}}", "bytes per parameter", "learning rate"]
+    columns += ["training cost", "test accuracy", "seconds"]
+    lines = [f"| {' | '.join(columns)} |"]
+    rule = [f"{'-' * len(column)}-:" for column in columns[1:]]
+    lines.append(f"|{'|'.join(['-' * (width + 2), *rule])}|")
     for run in runs:
-        _, accuracy = run.metrics
-        mark = " best |" if options.sweep and best[run.method] is run else ""
-        lines.append(
-            f"| {CONTENDERS[run.method].label:<12} | {run.learning_rate:>13g} "
-            f"| {final_cost(run, options.epochs):>13.4f} | {accuracy:>12.1f}% "
-            f"| {run.state_bytes:>11,} | {run.seconds:>7.1f} |{mark}"
-        )
+        mark = "best " if options.sweep and best[run.method] is run else ""
+        cells = [
+            f"{CONTENDERS[run.method].label:<{width}}",
+            f"{_bytes_of(run):>19.2f}",
+            f"{mark}{run.learning_rate:g}".rjust(13),
+            f"{final_cost(run, options.epochs):>13.4f}",
+            f"{run.metrics[1]:>12.1f}%",
+            f"{run.seconds:>7.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + (
         "\n\nTraining cost: mean cross-entropy with dropout, in nats, over the last "
-        f"{min(FINAL_PASSES, options.epochs)} of {options.epochs} passes; "
-        f"seed {options.seed}; {environment()}.\n"
+        f"{min(FINAL_PASSES, options.epochs)} of {options.epochs} passes. Bytes are "
+        f"those of the optimizer's state. {environment()}.\n"
+        f"One seed ({options.seed}) of a small problem: not a ranking. "
+        "`python -m adamax_jax study` compares with\nfive seeds. What to choose: "
+        "README.md, and notebooks/choosing.md.\n"
     )
+
+
+def _bytes_of(run):
+    """The bytes of state per parameter."""
+    return run.state_bytes / run.parameters
 
 
 def _numbers(runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]:
@@ -202,6 +253,7 @@ def _numbers(runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]
                 "costs": costs_of(run, options.epochs).tolist(),
                 "final_cost": final_cost(run, options.epochs),
                 "test_accuracy": run.metrics[1],
+                "bytes_per_parameter": _bytes_of(run),
             }
             for run in runs
         ],
@@ -212,34 +264,45 @@ def _draw(runs: Sequence[Run], options: argparse.Namespace) -> None:
     """The training cost of each optimizer, at its best learning rate."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, run in _best(runs, options.epochs).items():
-        contender = CONTENDERS[name]
-        costs = costs_of(run, options.epochs)
-        passes = range(1, len(costs) + 1)
-        is_adamax = name == "adamax"
-        axes.semilogy(passes, costs, color=contender.color, alpha=0.2, linewidth=1)
-        axes.semilogy(
-            passes,
-            _smooth(costs),
-            color=contender.color,
-            linestyle=contender.style,
-            linewidth=2.4 if is_adamax else 1.6,
-            zorder=3 if is_adamax else 2,
-            label=f"{contender.label}  (learning rate {run.learning_rate:g})",
-        )
-    axes.set_xlabel("passes over the training data")
-    axes.set_ylabel("training cost (cross-entropy with dropout, nats)")
-    axes.set_title(
-        "Multilayer perceptron with dropout, handwritten digits\n"
-        f"faint: each pass; strong: geometric mean over {2 * NEIGHBOURS + 1} passes",
-        fontsize="medium",
+    best = _best(runs, options.epochs)
+    panels = {
+        title: [name for name in names if name in best]
+        for title, names in PANELS.items()
+    }
+    panels = {title: names for title, names in panels.items() if names}
+    figure = Figure(figsize=(6 * len(panels), 5.6), layout="constrained")
+    rows = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (title, names) in zip(rows[0], panels.items(), strict=True):
+        for name in names:
+            _draw_run(axes, best[name], options.epochs)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("passes over the training data")
+        axes.set_xlim(1, max(2, options.epochs))
+        axes.grid(which="both", alpha=0.25)
+        axes.legend(handlelength=3.5, fontsize="small")
+    rows[0][0].set_ylabel("training cost (cross-entropy with dropout, nats)")
+    figure.suptitle(
+        "Multilayer perceptron with dropout, handwritten digits, one seed; faint: each "
+        f"pass; strong: geometric mean over {2 * NEIGHBOURS + 1} passes",
+        fontsize="small",
     )
-    axes.set_xlim(1, max(2, options.epochs))
-    axes.grid(which="both", alpha=0.25)
-    axes.legend(handlelength=3.5)
     figure.savefig(options.figure, dpi=150)
+
+
+def _draw_run(axes, run, epochs):
+    label, _, _, color, style = CONTENDERS[run.method]
+    costs = costs_of(run, epochs)
+    passes = range(1, len(costs) + 1)
+    axes.semilogy(passes, costs, color=color, alpha=0.15, linewidth=1)
+    axes.semilogy(
+        passes,
+        _smooth(costs),
+        color=color,
+        linestyle=style,
+        linewidth=1.8,
+        label=f"{label}: {_bytes_of(run):.0f} bytes, "
+        f"learning rate {run.learning_rate:g}",
+    )
 
 
 def _smooth(costs):
@@ -255,13 +318,15 @@ def _smooth(costs):
 
 COMMAND = Command(
     name="demo",
-    help="train AdaMax beside five other optimizers and draw the figure",
+    help="train Adam, AdaMax and four other optimizers and draw the figure",
     description=__doc__,
     epilog="default learning rates, the best of --sweep:"
     + "".join(f"\n  {name}={c.learning_rate}" for name, c in CONTENDERS.items()),
     add_options=_add_options,
     problem=_problem,
-    needs=lambda options: PACKAGES,
+    needs=lambda options: FLAX | SKLEARN | MATPLOTLIB,
+    total=_total,
+    first_line=_first_line,
     results=_results,
     describe=lambda run: (
         f"{CONTENDERS[run.method].label}, learning rate {run.learning_rate:g} "

@@ -1,30 +1,28 @@
-"""What a step needs of each of many devices, reckoned from shapes: on paper.
+"""What each of many devices holds and moves in a step, computed from shapes alone.
 
 Nothing is measured or allocated here. The shapes are those that the optimizers' own
-``init`` and ``zero_shardings`` give, and the bytes moved the fewest there can be.
+``init`` and ``zero_shardings`` give, and the bytes moved are the fewest possible.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from adamax_jax import zero_shardings
 from adamax_jax._lab import shapes
-from adamax_jax._lab.contenders import HALF, OPTIMIZERS, SHARED, SHARED_NAME
-from adamax_jax._lab.spread import (
-    AXIS,
-    Shared,
-    bytes_on_a_device,
-    ideal_bytes,
-    spread,
-)
+from adamax_jax._lab.contenders import HALF, OPTIMIZERS
 
+AXIS = "data"
+# What is sharded: the state alone, or the parameters as well.
+Divided = Literal["ZeRO-1", "FSDP"]
 MODELS = {"Llama 2 7B": shapes.llama2(), "Llama 2 70B": shapes.llama2_70b()}
 DEVICES = (8, 64, 256)
-# What is divided: the state beside parameters that all devices hold, or all of it.
-DIVIDED: dict[str, Shared] = {"ZeRO-1": "state", "FSDP": "everything"}
 METHODS = {
     name: (OPTIMIZERS[name], jnp.float32)
     for name in (
@@ -32,10 +30,9 @@ METHODS = {
         "adamax float32",
         "adamax bfloat16/bfloat16",
         "adamax int8/uint8",
+        "adamax int8 and shared u",
     )
-}
-METHODS[SHARED_NAME] = (SHARED, jnp.float32)
-METHODS |= {
+} | {
     name: (HALF[name], jnp.bfloat16)
     for name in (
         "bfloat16: optax.adam and a float32 copy",
@@ -43,6 +40,54 @@ METHODS |= {
         "bfloat16: adamax int8/uint8 and int8",
     )
 }
+
+
+def sharded(
+    optimizer: optax.GradientTransformation,
+    arrays: Mapping[str, shapes.Shape],
+    dtype: Any,
+    mesh: Mesh | AbstractMesh,
+    divided: Divided,
+) -> tuple[Any, Any]:
+    """The parameters and the state as shapes with shardings."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params: Any = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+        for name, shape in arrays.items()
+    }
+    if divided == "FSDP":
+        # The trace of momentum has the shapes of the parameters, and is sharded.
+        params = _state(optax.trace(0.9), params, mesh).trace
+    return params, _state(optimizer, params, mesh)
+
+
+def _state(optimizer, params, mesh):
+    shardings = zero_shardings(optimizer, params, mesh, AXIS)
+    state = jax.eval_shape(optimizer.init, params)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        shardings,
+    )
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """The bytes of the arrays on one device, without scalars."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if x.size > 1
+    )
+
+
+def ideal_bytes(params: Any, state: Any, divided: Divided, devices: int) -> int:
+    """The fewest bytes that a device can move in a step.
+
+    It reads the gradient once, and reads and writes parameters and state once. With
+    ZeRO-1 it does so for its part of the parameters, which all devices hold.
+    """
+    parts = devices if divided == "ZeRO-1" else 1
+    return 3 * bytes_on_a_device(params) // parts + 2 * bytes_on_a_device(state)
 
 
 @dataclass
@@ -66,14 +111,13 @@ def row(
     model: str,
     arrays: Mapping[str, shapes.Shape],
     devices: int,
-    divided: str,
+    divided: Divided,
     method: str,
 ) -> ScaleRow:
-    """Reckons one method's."""
+    """Computes the row of one method."""
     optimizer, dtype = METHODS[method]
-    shared = DIVIDED[divided]
     mesh = AbstractMesh((devices,), (AXIS,))
-    params, state = spread(optimizer, arrays, dtype, mesh, shared)
+    params, state = sharded(optimizer, arrays, dtype, mesh, divided)
     held = bytes_on_a_device(params)
     return ScaleRow(
         model=model,
@@ -83,55 +127,18 @@ def row(
         optimizer=method,
         parameter_bytes=held,
         state_bytes=bytes_on_a_device(state),
-        moved_bytes=ideal_bytes(params, state, shared, devices),
-        gathered_bytes=held if shared == "state" else 0,
+        moved_bytes=ideal_bytes(params, state, divided, devices),
+        gathered_bytes=held if divided == "ZeRO-1" else 0,
     )
 
 
 def rows() -> list[ScaleRow]:
     """All methods, on both models, over each number of devices."""
+    ways: tuple[Divided, Divided] = ("ZeRO-1", "FSDP")
     return [
         row(model, arrays, devices, divided, method)
         for model, arrays in MODELS.items()
-        for divided in DIVIDED
+        for divided in ways
         for method in METHODS
         for devices in DEVICES
     ]
-
-
-def markdown(rows: Sequence[ScaleRow]) -> str:
-    """The table: a line for a method, with its numbers over more and more devices."""
-    groups: dict[tuple[str, str, str], list[ScaleRow]] = {}
-    for row in rows:
-        groups.setdefault((row.model, row.divided, row.optimizer), []).append(row)
-    lines = [
-        "| model | divided | optimizer | parameters, GB per device "
-        "| state, GB per device | moved per step, GB per device | all-gather, GB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for names, group in groups.items():
-        numbers = [
-            _over_devices([getattr(row, name) for row in group])
-            for name in (
-                "parameter_bytes",
-                "state_bytes",
-                "moved_bytes",
-                "gathered_bytes",
-            )
-        ]
-        lines.append(f"| {' | '.join([*names, *numbers])} |")
-    over = ", ".join(str(n) for n in dict.fromkeys(row.devices for row in rows))
-    return (
-        "\n".join(lines)
-        + f"\n\nReckoned from shapes, over {over} devices; GB are 10^9 bytes. Moved is "
-        "to read the gradient once, and to read and write parameters and state once, "
-        "by each device for its part; where u is shared, today's compilers read the "
-        "gradient twice. Parameters and gradients are in float32, or in bfloat16 where "
-        "an optimizer's name begins with it.\n"
-    )
-
-
-def _over_devices(sizes):
-    """One number where they are the same."""
-    texts = [f"{size / 1e9:.3g}" for size in sizes]
-    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)

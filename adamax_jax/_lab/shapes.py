@@ -26,29 +26,6 @@ def transformer(
     return shapes | {"norm.scale": (width,), "norm.bias": (width,)}
 
 
-def resnet50() -> dict[str, Shape]:
-    """He et al. (2016): 161 arrays, 25,557,032 numbers."""
-    shapes: dict[str, Shape] = {}
-
-    def convolution(name, size, inputs, outputs):
-        shapes[f"{name}.kernel"] = (size, size, inputs, outputs)
-        shapes[f"{name}.norm.scale"] = shapes[f"{name}.norm.bias"] = (outputs,)
-
-    convolution("stem", 7, 3, 64)
-    inputs = 64
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        width = 64 * 2**stage
-        for block in range(blocks):
-            name = f"{stage}.{block}"
-            convolution(f"{name}.reduce", 1, inputs, width)
-            convolution(f"{name}.filter", 3, width, width)
-            convolution(f"{name}.expand", 1, width, 4 * width)
-            if block == 0:
-                convolution(f"{name}.shortcut", 1, inputs, 4 * width)
-            inputs = 4 * width
-    return shapes | {"head.kernel": (inputs, 1000), "head.bias": (1000,)}
-
-
 def llama2(
     layers: int = 32,
     width: int = 4_096,
@@ -81,7 +58,7 @@ def llama2_70b() -> dict[str, Shape]:
     return llama2(layers=80, width=8_192, hidden=28_672, keys=1_024)
 
 
-def many(leaves: int = 1_000, size: int = 1_000) -> dict[str, Shape]:
+def many(leaves: int = 100, size: int = 1_000) -> dict[str, Shape]:
     """Arrays of one small size."""
     return {str(i): (size,) for i in range(leaves)}
 

@@ -23,6 +23,9 @@ The best two bounded growths were then trained in few bytes ("memory, narrow").
 import argparse
 import functools
 import math
+import shlex
+import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -34,9 +37,19 @@ import numpy as np
 import optax
 
 from adamax_jax import adam, adamax, lp_adam, master_weights
-from adamax_jax._lab.cli import Command, add_names, environment, positive_int
-from adamax_jax._lab.estimates import Estimate, digits_to_show, estimate, show
-from adamax_jax._lab.float32_copy import with_float32_copy
+from adamax_jax._lab.command import (
+    FLAX,
+    SKLEARN,
+    Command,
+    add_names,
+    environment,
+    positive_int,
+)
+from adamax_jax._lab.contenders import (
+    BFLOAT16,
+    TWO_BYTES,
+    with_float32_copy,
+)
 from adamax_jax._lab.tasks import ALL_TASKS, TASKS
 from adamax_jax._lab.train import InHalf, Method, Run, Trainer
 
@@ -63,19 +76,28 @@ def _of_embeddings(axis):
     return lambda path, leaf: axis if "embed" in jax.tree_util.keystr(path) else None
 
 
-# The parameters are float32 in all of them but those of HALF, and so is the state where
+# How long u remembers. Adam may choose among the same memories.
+MEMORIES = (0.95, 0.98, 0.99, 0.995)
+Methods = dict[str, Method]
+# The parameters are float32 in all methods but those of HALF, and so is the state where
 # nothing is said.
-STORAGES: dict[str, Method] = {
+ADAM: Methods = {
+    "Adam": optax.adam,
+    **{f"Adam, b2 = {b2}": functools.partial(optax.adam, b2=b2) for b2 in MEMORIES},
+}
+ADAM_BYTES: Methods = {
+    "Adam, 8 bytes": adam,
+    "Adam, 4 bytes": functools.partial(adam, **BFLOAT16),
+    "Adam, 3 bytes": functools.partial(adam, m_dtype="int8", u_dtype="bfloat16"),
+    "Adam, 2 bytes": functools.partial(adam, **TWO_BYTES),
+}
+STORAGES: Methods = {
     "optax.adamax": optax.adamax,
     "AdaMax": adamax,
-    "AdaMax, bfloat16": functools.partial(
-        adamax, m_dtype="bfloat16", u_dtype="bfloat16"
-    ),
-    "AdaMax, int8 and uint8": functools.partial(
-        adamax, m_dtype="int8", u_dtype="uint8"
-    ),
+    "AdaMax, bfloat16": functools.partial(adamax, **BFLOAT16),
+    "AdaMax, int8 and uint8": functools.partial(adamax, **TWO_BYTES),
 }
-SHARED: dict[str, Method] = {
+SHARED: Methods = {
     name + suffix: functools.partial(adamax, shared_axes=axes, **storage)
     for name, axes in (
         ("AdaMax", None),
@@ -87,30 +109,16 @@ SHARED: dict[str, Method] = {
     )
     for suffix, storage in (("", {}), (", int8", {"m_dtype": "int8"}))
 }
-# From Adam to AdaMax, which is p = infinity, with the decay rate of AdaMax.
-ORDERS: dict[str, Method] = {
+# From Adam to AdaMax, which is p = infinity: with AdaMax's b2, and with Adam's memory.
+ORDERS: Methods = {
     f"p = {p}": functools.partial(lp_adam, p=p) for p in (1, 2, 3, 4, 6, 8, 16)
-}
-# Adam as Optax has it, and in few bytes.
-ADAM_BYTES: dict[str, Method] = {
-    f"Adam, {name}": functools.partial(adam, **storage)
-    for name, storage in (
-        ("8 bytes", {}),
-        ("4 bytes", {"m_dtype": "bfloat16", "u_dtype": "bfloat16"}),
-        ("3 bytes", {"m_dtype": "int8", "u_dtype": "bfloat16"}),
-        ("2 bytes", {"m_dtype": "int8", "u_dtype": "uint8"}),
-    )
-}
-# And with the memory of Adam.
-LONG_ORDERS: dict[str, Method] = {
+} | {
     f"p = {p}, b2^p = 0.999": functools.partial(lp_adam, p=p, b2=0.999 ** (1 / p))
     for p in (3, 6)
 }
 # A model in bfloat16: without any cure, with float32 weights kept by the optimizer as
-# usual, and with residuals of two bytes and of one. The state is in float32 or, in the
-# end, in two bytes.
-TWO_BYTES = functools.partial(adamax, m_dtype="int8", u_dtype="uint8")
-HALF: dict[str, Method] = {
+# usual, and with residuals of two bytes and of one.
+HALF: Methods = {
     "bfloat16": InHalf(functools.partial(adamax, m_dtype="float32", u_dtype="float32")),
     "bfloat16, master weights": InHalf(lambda rate: with_float32_copy(adamax(rate))),
 } | {
@@ -118,15 +126,12 @@ HALF: dict[str, Method] = {
         lambda rate, make=make, residual=residual: master_weights(make(rate), residual)
     )
     for residual in ("int16", "int8")
-    for suffix, make in (("", adamax), (", two bytes", TWO_BYTES))
+    for suffix, make in (
+        ("", adamax),
+        (", two bytes", functools.partial(adamax, **TWO_BYTES)),
+    )
 }
-# How long u remembers. Adam may choose among the same memories.
-MEMORIES = (0.95, 0.98, 0.99, 0.995)
-ADAM: dict[str, Method] = {
-    "Adam": optax.adam,
-    **{f"Adam, b2 = {b2}": functools.partial(optax.adam, b2=b2) for b2 in MEMORIES},
-}
-MEMORY: dict[str, Method] = {
+MEMORY: Methods = {
     f"AdaMax, b2 = {b2}": functools.partial(adamax, b2=b2) for b2 in MEMORIES
 }
 
@@ -143,16 +148,14 @@ def _rising(c):
     return method
 
 
-RISING: dict[str, Method] = {
-    f"AdaMax, b2 rising with c = {c}": _rising(c) for c in (1, 3, 10)
-}
-GROWTH: dict[str, Method] = {
+RISING: Methods = {f"AdaMax, b2 rising with c = {c}": _rising(c) for c in (1, 3, 10)}
+GROWTH: Methods = {
     f"AdaMax, b2 = {b2}, growth {k}": functools.partial(adamax, b2=b2, max_growth=k)
     for b2 in (0.98, 0.99)
     for k in (1.05, 1.1, 1.5, 2)
 }
-# The best two of these in few bytes.
-NARROW: dict[str, Method] = {
+# Two bounded growths in few bytes.
+NARROW: Methods = {
     f"AdaMax, b2 = {b2}, growth 1.1, {name}": functools.partial(
         adamax, b2=b2, max_growth=1.1, m_dtype="int8", **storage
     )
@@ -163,7 +166,7 @@ NARROW: dict[str, Method] = {
     )
 }
 # Without anything new: gradients clipped by others.
-CLIPPED: dict[str, Method] = {
+CLIPPED: Methods = {
     f"{name}, {how}": lambda rate, clip=clip, make=make: optax.chain(clip, make(rate))
     for name, make in (
         ("AdaMax, b2 = 0.98", functools.partial(adamax, b2=0.98)),
@@ -178,29 +181,19 @@ CLIPPED: dict[str, Method] = {
         ("adaptive clipping at 0.01", optax.adaptive_grad_clip(0.01)),
     )
 }
-METHODS: dict[str, Method] = {
-    name: method
-    for group in (
-        ADAM,
-        ADAM_BYTES,
-        STORAGES,
-        SHARED,
-        ORDERS,
-        LONG_ORDERS,
-        HALF,
-        MEMORY,
-        RISING,
-        GROWTH,
-        NARROW,
-        CLIPPED,
-    )
-    for name, method in group.items()
-}
 # Names that stand for several methods.
-GROUPS: dict[str, list[str]] = {
-    "memory": [*ADAM, "AdaMax", *MEMORY, *RISING, *GROWTH, *CLIPPED],
-    "memory, narrow": [*NARROW],
-    "Adam in few bytes": ["Adam", *ADAM_BYTES],
+GROUPS: dict[str, Methods] = {
+    "storages": STORAGES,
+    "shared": SHARED,
+    "orders": ORDERS,
+    "half precision": HALF,
+    "Adam at several b2": ADAM,
+    "Adam in few bytes": {"Adam": optax.adam} | ADAM_BYTES,
+    "memory": ADAM | {"AdaMax": adamax} | MEMORY | RISING | GROWTH | CLIPPED,
+    "memory, narrow": NARROW,
+}
+METHODS: Methods = {
+    n: method for group in GROUPS.values() for n, method in group.items()
 }
 
 
@@ -270,6 +263,27 @@ def cost(run: Run) -> float:
     # The training loss may end finite, but above where it began.
     has_learned = np.mean(losses[-math.ceil(len(losses) / 10) :]) <= losses[0]
     return metric if math.isfinite(metric) and has_learned else math.inf
+
+
+@dataclass
+class Estimate:
+    """A mean, the standard deviation, and half the 95 % interval of the mean."""
+
+    mean: float
+    deviation: float
+    margin: float
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Student's t; one value has no deviation and no interval (NaN)."""
+    from scipy import stats
+
+    n = len(values)
+    if n < 2:
+        return Estimate(float(np.mean(values)), math.nan, math.nan)
+    deviation = float(np.std(values, ddof=1))
+    margin = float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return Estimate(float(np.mean(values)), deviation, margin)
 
 
 @dataclass
@@ -357,6 +371,23 @@ def _at_best(runs):
     return sorted(at_best, key=lambda run: run.seed)
 
 
+def digits_to_show(values: Iterable[Estimate]) -> int:
+    """As many decimals as show two digits of the typical deviation.
+
+    One table column has one format; a training that diverged does not set it.
+    """
+    scales = [value.deviation for value in values if 0 < value.deviation < math.inf]
+    if not scales:
+        return 4
+    return min(8, max(1, 1 - math.floor(math.log10(statistics.median_low(scales)))))
+
+
+def show(mean: float, spread: float, digits: int, sign: str = "") -> str:
+    """A mean and its spread after ±, if there is one."""
+    shown = f"{mean:{sign}z.{digits}f}"
+    return shown if math.isnan(spread) else f"{shown} ± {spread:.{digits}f}"
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """One table for each metric of each task."""
     tables = []
@@ -391,8 +422,21 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _add_options(parser):
-    add_names(parser, "--tasks", ALL_TASKS, default=TASKS)
-    add_names(parser, "--methods", METHODS | GROUPS, default=STORAGES)
+    add_names(
+        parser,
+        "--tasks",
+        ALL_TASKS,
+        default=TASKS,
+        help=f"listed below (default: {' '.join(TASKS)})",
+    )
+    add_names(
+        parser,
+        "--methods",
+        METHODS | GROUPS,
+        default=["storages"],
+        help="methods or groups of them, listed below; a name with spaces or commas "
+        "in quotes (default: the group storages)",
+    )
     parser.add_argument(
         "--rates",
         choices=("task", "search", "curve"),
@@ -416,13 +460,38 @@ def _add_options(parser):
     )
 
 
+def _names():
+    """The tasks, and the methods by their groups, for the help."""
+    lines = ["tasks:", *_wrapped(ALL_TASKS), "", "methods, by groups:"]
+    for group, methods in GROUPS.items():
+        lines += [f"  {shlex.quote(group)}", *_wrapped(methods)]
+    return "\n".join(lines)
+
+
+def _wrapped(names):
+    """Lines of names, none of which is broken."""
+    text = " ".join(shlex.quote(name).replace(" ", "\0") for name in names)
+    lines = textwrap.wrap(text, 84, initial_indent="    ", subsequent_indent="    ")
+    return [line.replace("\0", " ") for line in lines]
+
+
+def _methods(options):
+    """Each once, also where it was named twice or is in two groups."""
+    groups = [GROUPS.get(name, [name]) for name in options.methods]
+    return list(dict.fromkeys(method for group in groups for method in group))
+
+
+def _total(options):
+    """How many trainings there will be; a search does not know."""
+    seeds = {"task": options.seeds, "curve": len(CURVE) * (1 + options.seeds)}
+    trainings = len(set(options.tasks)) * len(_methods(options))
+    return None if options.rates == "search" else trainings * seeds[options.rates]
+
+
 def _results(options):
     return study(
-        # Each once, also where it was named twice.
         dict.fromkeys(options.tasks),
-        dict.fromkeys(
-            method for name in options.methods for method in GROUPS.get(name, [name])
-        ),
+        _methods(options),
         options.seeds,
         options.steps,
         rates=options.rates,
@@ -493,8 +562,10 @@ COMMAND = Command(
     name="study",
     help="compare optimizers and storages of their state, in the quality of training",
     description=__doc__,
+    epilog=_names(),
     add_options=_add_options,
-    needs=lambda options: ("flax", "sklearn"),
+    needs=lambda options: FLAX | SKLEARN,
+    total=_total,
     results=_results,
     describe=_describe,
     text=_text,

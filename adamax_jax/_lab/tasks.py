@@ -112,7 +112,7 @@ def _list_of(modules):
     return nnx.List(modules) if hasattr(nnx, "List") else modules
 
 
-def _mlp() -> Problem:
+def _perceptron() -> Problem:
     """A perceptron with dropout learns to read the digits."""
     from flax import nnx
 
@@ -396,8 +396,8 @@ def _text() -> tuple[np.ndarray, int]:
 # their range. They were chosen with a float32 state and seed 0; the narrower states
 # were not tried, so that none of them is favoured.
 TASKS = {
-    "mlp": Task(
-        make=_mlp,
+    "perceptron": Task(
+        make=_perceptron,
         metrics=("training loss, nats", "test accuracy, %"),
         learning_rate=8e-3,
         cosine=False,

@@ -1,7 +1,7 @@
-"""The command line, and what is the same for all commands.
+"""What all commands share: options, checks before the work, progress, saved files.
 
-A command supplies its options, its results one after the other, and how they are shown.
-Missing packages, files, interrupts, progress and printing are taken care of here.
+A command is a :class:`Command` in a file of its own. It supplies its options, its
+results one after the other, and how they are shown.
 """
 
 import argparse
@@ -19,16 +19,13 @@ import jax
 
 import adamax_jax
 
-# The packages of the extra "demo", by the modules in them.
-PACKAGES = {"flax": "flax", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
-# Those of the extra "aot".
-AOT_PACKAGES = {
-    "libtpu": "libtpu",
-    "jax_plugins.xla_cuda13": "jax[cuda13-local]",
-    "jax_cuda13_plugin": "jax[cuda13-local]",
-    "nvidia.cu13.bin": "nvidia-cuda-nvcc",
-}
 FIGURES = (".pdf", ".png", ".svg")
+# Modules that commands import, and the packages that have them.
+FLAX = {"flax": "flax"}
+MATPLOTLIB = {"matplotlib": "matplotlib"}
+SKLEARN = {"sklearn": "scikit-learn"}
+
+Options = argparse.Namespace
 
 
 @dataclass(frozen=True)
@@ -39,44 +36,34 @@ class Command:
     help: str
     description: str | None
     add_options: Callable[[argparse.ArgumentParser], None]
-    # The modules that it needs.
-    needs: Callable[[argparse.Namespace], Iterable[str]]
-    # One result after the other.
-    results: Callable[[argparse.Namespace], Iterator[Any]]
-    # A result in a line, to show that there is progress.
+    # Modules that the command imports, with the packages that have them.
+    needs: Callable[[Options], Mapping[str, str]]
+    # Yields one result after the other.
+    results: Callable[[Options], Iterator[Any]]
+    # Describes a result in one line of progress.
     describe: Callable[[Any], str]
-    # The tables of the results there are, and what is said below them.
-    text: Callable[[Sequence[Any], argparse.Namespace], str]
+    # The tables of the results so far, and their caption.
+    text: Callable[[Sequence[Any], Options], str]
     # All numbers, for --json.
-    numbers: Callable[[Sequence[Any], argparse.Namespace], Mapping[str, Any]]
+    numbers: Callable[[Sequence[Any], Options], Mapping[str, Any]]
     # Saves the figure, for --figure.
-    draw: Callable[[Sequence[Any], argparse.Namespace], None] | None = None
-    # What is wrong with the options taken together, or None.
-    problem: Callable[[argparse.Namespace], str | None] = lambda options: None
-    # Below the options in the help.
+    draw: Callable[[Sequence[Any], Options], None] | None = None
+    # How many results there will be, if that is known.
+    total: Callable[[Options], int | None] = lambda options: None
+    # Printed before anything slow is imported.
+    first_line: Callable[[Options], str | None] = lambda options: None
+    # Why the options contradict each other, or None.
+    problem: Callable[[Options], str | None] = lambda options: None
+    # Printed below the options by --help.
     epilog: str | None = None
+    # The extra of pyproject.toml with the packages.
+    extra: str = "demo"
+    # The command that runs in place of this one, given the options.
+    variant: Callable[[Options], "Command | None"] = lambda options: None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command that the arguments name and returns its exit status."""
-    # Imported here, since they import what they share from this file.
-    from adamax_jax._lab import bench, demo, study
-
-    parser = argparse.ArgumentParser(
-        prog="python -m adamax_jax", description="AdaMax for JAX."
-    )
-    parser.add_argument("--version", action="version", version=adamax_jax.__version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (demo.COMMAND, bench.COMMAND, study.COMMAND):
-        _add_parser(commands, command)
-    options = parser.parse_args(arguments)
-    if "command" not in options:
-        parser.print_help()
-        return 0
-    return _carry_out(options.command, options)
-
-
-def _add_parser(commands, command):
+def add_parser(commands: Any, command: Command) -> None:
+    """Adds the parser of a command to those of all commands."""
     parser = commands.add_parser(
         command.name,
         help=command.help,
@@ -94,25 +81,33 @@ def _add_parser(commands, command):
     parser.set_defaults(command=command)
 
 
-def _carry_out(command, options):
-    """Saves after each result, prints the tables in the end; returns the exit status.
+def run(command: Command, options: Options) -> int:
+    """Saves after each result, prints the tables at the end; returns the exit status.
 
-    What was measured before an error is shown, too.
+    What was measured before an error is printed and saved as well.
     """
+    command = command.variant(options) or command
     paths = [options.json, options.markdown, vars(options).get("figure")]
     paths = [path for path in paths if path is not None]
     if problem := command.problem(options):
         print(problem, file=sys.stderr)
         return 2
-    if problem := _missing(command, options) or _unwritable(paths):
+    if problem := _unwritable(paths):
         print(problem, file=sys.stderr)
         return 1
+    if line := command.first_line(options):
+        print(line, file=sys.stderr, flush=True)
+    if problem := _missing(command, options):
+        print(problem, file=sys.stderr)
+        return 1
+    total = command.total(options)
     results: list[Any] = []
     status = 0
     try:
         for result in command.results(options):
             results.append(result)
-            print(f"{len(results):>4}  {command.describe(result)}", file=sys.stderr)
+            progress = f"{len(results)}/{total}" if total else f"{len(results):>4}"
+            print(f"{progress}  {command.describe(result)}", file=sys.stderr)
             _save(command, results, options)
     except BaseException as error:
         if not is_interrupt(error):
@@ -120,9 +115,9 @@ def _carry_out(command, options):
         status = 130
     finally:
         if results:
-            # Before the files, which may fail to be written.
+            # Before the files, whose writing may fail.
             print("\n" + command.text(results, options), end="")
-            # Once more: the interrupt may have come while it saved.
+            # Again: the interrupt may have come during the last save.
             _save(command, results, options)
             if command.draw is not None and options.figure is not None:
                 command.draw(results, options)
@@ -139,19 +134,34 @@ def _save(command, results, options):
         options.markdown.write_text(command.text(results, options), encoding="utf-8")
 
 
+def _unwritable(paths):
+    """Opens each file; says which one cannot be written and why, or returns None."""
+    for path in paths:
+        if not path.parent.is_dir():
+            return f"Cannot save to {path}: there is no folder {path.parent}."
+        is_new = not path.exists()
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            return f"Cannot save to {path}: {error.strerror}."
+        if is_new:
+            path.unlink()
+    return None
+
+
 def _missing(command, options):
-    """What to install, or None."""
-    missing = [name for name in command.needs(options) if not _can_import(name)]
+    """Says which packages to install and how, or returns None."""
+    needed = command.needs(options)
+    missing = [package for module, package in needed.items() if not _can_import(module)]
     if not missing:
         return None
-    known = PACKAGES | AOT_PACKAGES
-    packages = list(dict.fromkeys(known[name] for name in missing))
+    packages = list(dict.fromkeys(missing))
     needs = f"The command {command.name} needs {', '.join(packages)}"
-    extra = "aot" if missing[0] in AOT_PACKAGES else "demo"
     folder = Path(adamax_jax.__file__).parent.parent
     if (folder / "pyproject.toml").exists():
-        return f'{needs}. In the folder of adamax_jax:\n    pip install -e ".[{extra}]"'
-    # From a wheel, which pip may not find by its name.
+        install = f'pip install -e ".[{command.extra}]"'
+        return f"{needs}. In the folder of adamax_jax:\n    {install}"
+    # Installed from a wheel, which pip may not find by its name.
     return f"{needs}:\n    pip install {shlex.join(packages)}"
 
 
@@ -163,25 +173,15 @@ def _can_import(module):
     return True
 
 
-def _unwritable(paths):
-    """Which file cannot be saved and why, or None."""
-    for path in paths:
-        if path.is_dir():
-            return f"Cannot save to {path}: it is a folder."
-        if not path.parent.is_dir():
-            return f"Cannot save to {path}: no folder {path.parent}."
-    return None
-
-
 def is_interrupt(error: BaseException) -> bool:
-    """Whether Ctrl-C was the reason; JAX wraps one that comes as it compares trees."""
+    """Whether Ctrl-C was the reason; JAX wraps one raised while it compares trees."""
     return isinstance(error, KeyboardInterrupt) or isinstance(
         error.__cause__, KeyboardInterrupt
     )
 
 
 def _finite_or_none(value):
-    """A value for JSON that every parser reads: null for what is not finite."""
+    """Replaces NaN and infinities by None, since JSON has neither."""
     if isinstance(value, Mapping):
         return {key: _finite_or_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -196,8 +196,19 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def figure_path(text: str) -> Path:
-    """The type of an option that names a figure."""
+def add_figure(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
+    """Adds the option --figure."""
+    parser.add_argument(
+        "--figure",
+        type=_figure_path,
+        default=default,
+        metavar="PATH",
+        help="where to save the figure"
+        + (" (default: %(default)s)" if default else ""),
+    )
+
+
+def _figure_path(text):
     path = Path(text)
     if path.suffix.lower() not in FIGURES:
         raise argparse.ArgumentTypeError(
@@ -211,6 +222,7 @@ def add_names(
     option: str,
     names: Iterable[str],
     default: Iterable[str],
+    help: str,
 ) -> None:
     """Adds an option that takes some of several names."""
     parser.add_argument(
@@ -219,7 +231,7 @@ def add_names(
         metavar="NAME",
         choices=list(names),
         default=list(default),
-        help=f"of {', '.join(map(repr, names))} (default: %(default)s)",
+        help=help,
     )
 
 
