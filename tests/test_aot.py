@@ -18,6 +18,7 @@ import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 from sequences import STORAGES
+from tables import squeezed
 
 from adamax_jax import (
     adamax,
@@ -325,7 +326,7 @@ def test_the_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compiled, "compile_step", compile_or_fail)
     path = tmp_path / "a.json"
     assert main(["bench", "--for", "v5e,h100", "--json", str(path)]) == 0
-    printed, progress = capsys.readouterr()
+    printed, progress = map(squeezed, capsys.readouterr())
     for device in DEVICES:
         row = f"| {device} | optax.adamax | 1 | 28.00 | 1.00 | 1.00 | 0.00 |"
         assert row in printed

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from sequences import STORAGES
+from tables import squeezed
 from versions import needs_new_xla
 
 from adamax_jax import adam, adamax, master_weights
@@ -347,7 +348,7 @@ def test_command(at_once, monkeypatch, tmp_path, capsys):
     path, figure = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = ["bench", "--max-size", "20", "--repetitions", "2"]
     assert main([*arguments, "--json", str(path), "--figure", str(figure)]) == 0
-    printed, progress = capsys.readouterr()
+    printed, progress = map(squeezed, capsys.readouterr())
     results = json.loads(path.read_text())
     assert results["rounds"] == 2
     assert results["versions"]["optax"] == optax.__version__

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from tables import squeezed
 
 import adamax_jax
 from adamax_jax.__main__ import main
@@ -322,6 +323,15 @@ def test_help_of_a_command(name, shown, capsys):
         assert text in printed
 
 
+def test_a_table_is_aligned():
+    assert command.table(["a", "long name"], [["left", "1"], ["b", ""]]) == (
+        "| a    | long name |\n"
+        "| ---- | --------- |\n"
+        "| left | 1         |\n"
+        "| b    |           |"
+    )
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--version"])
@@ -379,7 +389,7 @@ def test_ctrl_c_ends_a_process_that_has_saved_its_work(tmp_path):
     # A training is named as soon as it is done.
     status, output = interrupted(arguments, tmp_path, at=b"seed 1")
     assert status == INTERRUPTED, output.decode()
-    assert b"| AdaMax | 8.00 | 0.008 |" in output
+    assert "| AdaMax | 8.00 | 0.008 |" in squeezed(output.decode())
     assert b"Traceback" not in output
     assert len(json.loads((tmp_path / "a.json").read_text())["runs"]) >= 2
 

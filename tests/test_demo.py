@@ -145,7 +145,7 @@ def test_a_sweep_draws_its_best_and_trains_as_before(training, tmp_path):
     assert list(runs) == pytest.approx(expected, rel=1e-3)
     assert output.count("\n| AdaMax ") == len(expected)
     best = min(runs.values(), key=lambda run: run["final_cost"])
-    (marked,) = re.findall(r"^\| AdaMax +\|.*\| +best (\S+) \|", output, re.MULTILINE)
+    (marked,) = re.findall(r"^\| AdaMax +\|.*\| (\S+) best +\|", output, re.MULTILINE)
     assert marked == f"{best['learning_rate']:g}"
     # Matplotlib names in comments what it writes: AdaMax is in both panels.
     drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
@@ -183,7 +183,7 @@ def test_a_sweep_has_one_best_per_optimizer():
     ]
     options = argparse.Namespace(sweep=True, epochs=2, seed=0)
     text = demo._text(runs, options)
-    marked = re.findall(r"^\| (.{12}) \|.*\| +best (\S+) \|", text, re.MULTILINE)
+    marked = re.findall(r"^\| (.{12}) \|.*\| (\S+) best +\|", text, re.MULTILINE)
     assert [(label.strip(), rate) for label, rate in marked] == [
         ("SGD Nesterov", "0.2"),
         ("AdaMax", "0.1"),

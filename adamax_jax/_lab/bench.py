@@ -38,6 +38,7 @@ from adamax_jax._lab.command import (
     add_figure,
     environment,
     positive_int,
+    table,
 )
 from adamax_jax._lab.contenders import (
     HALF,
@@ -378,33 +379,44 @@ def _total(options):
 
 def _text(rows: Sequence[Row], options: argparse.Namespace) -> str:
     """A table of compiled steps, and one of the other times."""
+    columns = ["arrays", "optimizer", "ms", "time / optax.adamax"]
+    columns += ["bytes moved per parameter", "GB/s", "state, bytes per parameter"]
+    columns += ["temporary, bytes per parameter"]
     steps = [
-        "| arrays | optimizer | ms | time / optax.adamax "
-        "| bytes moved per parameter | GB/s | state, bytes per parameter "
-        "| temporary, bytes per parameter |",
-        "|---|---|---|---|---|---|---|---|",
+        [
+            row.arrays,
+            row.contender,
+            _interval(row.milliseconds),
+            _interval(row.ratio),
+            f"{row.moved_bytes_per_parameter:.1f}",
+            f"{_gigabytes_per_second(row):.1f}",
+            f"{row.state_bytes_per_parameter:.2f}",
+            "" if temporary is None else f"{temporary:.2f}",
+        ]
+        for row in rows
+        if row.time_of == STEP
+        for temporary in [row.temporary_bytes_per_parameter]
     ]
     calls = [
-        "| arrays | time of | optimizer | ms | time / optax.adamax |",
-        "|---|---|---|---|---|",
+        [
+            row.arrays,
+            row.time_of,
+            row.contender,
+            _interval(row.milliseconds),
+            _interval(row.ratio),
+        ]
+        for row in rows
+        if row.time_of != STEP
     ]
-    for row in rows:
-        times = f"| {_interval(row.milliseconds)} | {_interval(row.ratio)} |"
-        if row.moved_bytes_per_parameter is None:
-            calls.append(f"| {row.arrays} | {row.time_of} | {row.contender} {times}")
-            continue
-        moved, temporary = (
-            row.moved_bytes_per_parameter,
-            row.temporary_bytes_per_parameter,
-        )
-        speed = moved * row.parameters / row.milliseconds.median / 1e6
-        steps.append(
-            f"| {row.arrays} | {row.contender} {times} {moved:.1f} | {speed:.1f} "
-            f"| {row.state_bytes_per_parameter:.2f} "
-            f"| {'' if temporary is None else f'{temporary:.2f}'} |"
-        )
-    tables = "\n\n".join("\n".join(t) for t in (steps, calls) if len(t) > 2)
-    return f"{tables}\n\n{_caption(_settings(options))}"
+    tables = [table(columns, steps)]
+    if calls:
+        columns = ["arrays", "time of", "optimizer", "ms", "time / optax.adamax"]
+        tables.append(table(columns, calls))
+    return "\n\n".join([*tables, _caption(_settings(options))])
+
+
+def _gigabytes_per_second(row):
+    return row.moved_bytes_per_parameter * row.parameters / row.milliseconds[0] / 1e6
 
 
 def _interval(spread):

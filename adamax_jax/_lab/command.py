@@ -235,6 +235,19 @@ def add_names(
     )
 
 
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its columns aligned."""
+    lines = [columns, *rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| "
+        + " | ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    )
+
+
 def environment() -> str:
     """The versions and the device that the numbers come from."""
     device = jax.devices()[0].device_kind

@@ -22,7 +22,7 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from adamax_jax._lab.command import Command
+from adamax_jax._lab.command import Command, table
 from adamax_jax._lab.contenders import HALF, OPTIMIZERS, REFERENCE, optax_step
 from adamax_jax._lab.scale import AXIS, Divided, ideal_bytes, sharded
 from adamax_jax._lab.shapes import Shape
@@ -262,7 +262,7 @@ def _add(name, computations, program):
             read = math.nan if in_part else sum(reads.values())
             is_copy = _COPY.fullmatch(opcode)
             # The result of a copy names what it writes and what it reads.
-            written = _bytes(_ARRAY.search(shape)[0] if is_copy else shape)
+            written = _bytes(next(_ARRAY.finditer(shape))[0] if is_copy else shape)
             moves = program.copies if is_copy else program.kernels
             moves.append(Kernel(opcode, read, written))
 
@@ -340,21 +340,24 @@ def measure(targets: Sequence[str]) -> Iterator[CompiledRow]:
 
 
 def _text(rows: Sequence[CompiledRow], options: argparse.Namespace) -> str:
-    lines = [
-        "| compiled for | optimizer | kernels | bytes moved per parameter "
-        "| / optax.adamax | / ideal | temporary, bytes per parameter |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row.device} | {row.contender} | {row.kernels} "
-        f"| {row.moved_bytes_per_parameter:.2f} | {row.ratio:.2f} "
-        f"| {row.ratio_to_ideal:.2f} | {row.temporary_bytes_per_parameter:.2f} |"
+    columns = ["compiled for", "optimizer", "kernels", "bytes moved per parameter"]
+    columns += ["/ optax.adamax", "/ ideal", "temporary, bytes per parameter"]
+    cells = [
+        [
+            row.device,
+            row.contender,
+            str(row.kernels),
+            f"{row.moved_bytes_per_parameter:.2f}",
+            f"{row.ratio:.2f}",
+            f"{row.ratio_to_ideal:.2f}",
+            f"{row.temporary_bytes_per_parameter:.2f}",
+        ]
         for row in rows
     ]
     settings = _settings(options)
     (shape,) = settings["arrays"].values()
     versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
-    return "\n".join(lines) + (
+    return table(columns, cells) + (
         "\n\nCompiled, not run: nothing here is a time. A step on one array of "
         f"{' x '.join(map(str, shape))} parameters, in float32 with such gradients, or "
         "in bfloat16 where a row begins with it. Ideal is to read the gradient once, "

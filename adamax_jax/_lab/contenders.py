@@ -10,8 +10,8 @@ import optax
 from adamax_jax import adam, adamax, master_weights
 
 # Storages of the state.
-BFLOAT16 = {"m_dtype": "bfloat16", "u_dtype": "bfloat16"}
-TWO_BYTES = {"m_dtype": "int8", "u_dtype": "uint8"}
+BFLOAT16: dict[str, Any] = {"m_dtype": "bfloat16", "u_dtype": "bfloat16"}
+TWO_BYTES: dict[str, Any] = {"m_dtype": "int8", "u_dtype": "uint8"}
 # One u for all numbers along the last axis, in arrays with more than one axis.
 SHARED: dict[str, Any] = {"m_dtype": "int8", "u_dtype": "float32", "shared_axes": -1}
 # AdaMax with a shorter memory and a bounded growth of u.

@@ -26,6 +26,7 @@ from adamax_jax._lab.command import (
     add_names,
     environment,
     positive_int,
+    table,
 )
 from adamax_jax._lab.contenders import BOUNDED, TWO_BYTES
 from adamax_jax._lab.tasks import TASKS
@@ -210,24 +211,21 @@ def _best(runs, epochs):
 
 def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     best = _best(runs, options.epochs)
-    width = max(len(CONTENDERS[name].label) for name in best)
-    columns = [f"{'optimizer':<{width}}", "bytes per parameter", "learning rate"]
-    columns += ["training cost", "test accuracy", "seconds"]
-    lines = [f"| {' | '.join(columns)} |"]
-    rule = [f"{'-' * len(column)}-:" for column in columns[1:]]
-    lines.append(f"|{'|'.join(['-' * (width + 2), *rule])}|")
-    for run in runs:
-        mark = "best " if options.sweep and best[run.method] is run else ""
-        cells = [
-            f"{CONTENDERS[run.method].label:<{width}}",
-            f"{_bytes_of(run):>19.2f}",
-            f"{mark}{run.learning_rate:g}".rjust(13),
-            f"{final_cost(run, options.epochs):>13.4f}",
-            f"{run.metrics[1]:>12.1f}%",
-            f"{run.seconds:>7.1f}",
+    columns = ["optimizer", "bytes per parameter", "learning rate", "training cost"]
+    columns += ["test accuracy", "seconds"]
+    rows = [
+        [
+            CONTENDERS[run.method].label,
+            f"{_bytes_of(run):.2f}",
+            f"{run.learning_rate:g}"
+            + (" best" if options.sweep and best[run.method] is run else ""),
+            f"{final_cost(run, options.epochs):.4f}",
+            f"{run.metrics[1]:.1f}%",
+            f"{run.seconds:.1f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + (
+        for run in runs
+    ]
+    return table(columns, rows) + (
         "\n\nTraining cost: mean cross-entropy with dropout, in nats, over the last "
         f"{min(FINAL_PASSES, options.epochs)} of {options.epochs} passes. Bytes are "
         f"those of the optimizer's state. {environment()}.\n"
@@ -300,7 +298,7 @@ def _draw_run(axes, run, epochs):
         color=color,
         linestyle=style,
         linewidth=1.8,
-        label=f"{label}: {_bytes_of(run):.0f} bytes, "
+        label=f"{label.removesuffix(', two bytes')}: {_bytes_of(run):.0f} bytes, "
         f"learning rate {run.learning_rate:g}",
     )
 

@@ -44,6 +44,7 @@ from adamax_jax._lab.command import (
     add_names,
     environment,
     positive_int,
+    table,
 )
 from adamax_jax._lab.contenders import (
     BFLOAT16,
@@ -111,10 +112,11 @@ SHARED: Methods = {
 }
 # From Adam to AdaMax, which is p = infinity: with AdaMax's b2, and with Adam's memory.
 ORDERS: Methods = {
-    f"p = {p}": functools.partial(lp_adam, p=p) for p in (1, 2, 3, 4, 6, 8, 16)
-} | {
-    f"p = {p}, b2^p = 0.999": functools.partial(lp_adam, p=p, b2=0.999 ** (1 / p))
-    for p in (3, 6)
+    **{f"p = {p}": functools.partial(lp_adam, p=p) for p in (1, 2, 3, 4, 6, 8, 16)},
+    **{
+        f"p = {p}, b2^p = 0.999": functools.partial(lp_adam, p=p, b2=0.999 ** (1 / p))
+        for p in (3, 6)
+    },
 }
 # A model in bfloat16: without any cure, with float32 weights kept by the optimizer as
 # usual, and with residuals of two bytes and of one.
@@ -398,8 +400,7 @@ def markdown(rows: Sequence[Row]) -> str:
         references = [name for name in (BEST_ADAM, *REFERENCES) if name in named]
         columns = ["method", "bytes per parameter", "learning rate", "seeds"]
         columns += ["mean ± sd", *(f"to {reference}" for reference in references)]
-        lines = [f"{place[0]}: {place[1]}", "", f"| {' | '.join(columns)} |"]
-        lines.append("|---" * len(columns) + "|")
+        lines = []
         for row in group:
             cells = [
                 row.method,
@@ -416,8 +417,8 @@ def markdown(rows: Sequence[Row]) -> str:
                     if difference is None
                     else show(difference.mean, difference.margin, digits + 1, sign="+")
                 )
-            lines.append(f"| {' | '.join(cells)} |")
-        tables.append("\n".join(lines) + "\n")
+            lines.append(cells)
+        tables.append(f"{place[0]}: {place[1]}\n\n{table(columns, lines)}\n")
     return "\n".join(tables)
 
 
