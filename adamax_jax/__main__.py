@@ -1,7 +1,10 @@
 """``python -m adamax_jax``: the commands of the package."""
 
+import _thread
 import argparse
+import os
 import sys
+import threading
 from collections.abc import Sequence
 
 import adamax_jax
@@ -34,5 +37,20 @@ def _run(arguments):
     return command.run(options.command, options)
 
 
+def _interrupt_again(unraisable):
+    """Repeats Ctrl-C where it was ignored, in JAX's callback of garbage collection."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.unraisablehook = _interrupt_again
+    status = main()
+    if status == 130:
+        # At once: XLA may still be computing, and would crash as Python ends.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

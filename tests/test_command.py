@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -36,7 +37,6 @@ def use(monkeypatch, results, **changes):
     parts = {
         "name": "quick",
         "help": "no work",
-        "description": None,
         "add_options": command.add_figure,
         "needs": lambda options: {},
         "results": lambda options: iter(results()),
@@ -189,6 +189,12 @@ def test_a_file_that_cannot_be_written_is_named_before_the_work(
     assert f"Cannot save to {name}: Is a directory." in capsys.readouterr().err
 
 
+def test_two_files_are_two(folder, monkeypatch, capsys):
+    use(monkeypatch, never)
+    assert main(["quick", "--json", "a", "--markdown", "./a"]) == 1
+    assert "name one file" in capsys.readouterr().err
+
+
 def test_what_a_file_held_is_kept_until_there_is_a_result(folder, monkeypatch):
     def results():
         raise KeyboardInterrupt
@@ -273,8 +279,11 @@ def test_what_is_counted_is_a_whole_number_above_0(text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--optimizers", "lion"], "adamax"),
-        (["demo", "--learning-rate", "lion=1"], "NAME must be one of adagrad, rmsprop"),
+        (["demo", "--optimizers", "adan"], "similar: 'adam', 'adamax'"),
+        (
+            ["demo", "--learning-rate", "unknown=1"],
+            "NAME must be one of adagrad, rmsprop",
+        ),
         (["demo", "--learning-rate", "adam=-1"], "VALUE must be a number above 0"),
         (["demo", "--learning-rate", "adam=fast"], "VALUE must be a number above 0"),
         (
@@ -290,8 +299,8 @@ def test_what_is_counted_is_a_whole_number_above_0(text):
         (["bench", "--for", "v5e,"], "'' is none of v4, v5e"),
         (["bench", "--for", "v5e", "--figure", "a.png"], "--figure is for times"),
         (["bench", "--for", "v5e", "--max-size", "9"], "--max-size is for times"),
-        (["study", "--tasks", "gan"], "'transformer'"),
-        (["study", "--methods", "int4"], "'AdaMax, int8 and uint8'"),
+        (["study", "--tasks", "flows"], "'flows' is not one of the names"),
+        (["study", "--methods", "adamax"], "'AdaMax', 'Adam'"),
         (["study", "--rates", "best"], "'search'"),
         (["study", "--seeds", "0"], "'0' is not a whole number above 0"),
     ],
@@ -321,6 +330,7 @@ def test_help_of_a_command(name, shown, capsys):
     printed = capsys.readouterr().out
     for text in ("--json PATH", "--markdown PATH", *shown):
         assert text in printed
+    assert all(len(line) < 80 for line in printed.splitlines())
 
 
 def test_a_table_is_aligned():
@@ -340,10 +350,16 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == version
 
 
-def test_the_environment_is_this_one():
+def test_the_environment_is_this_one(monkeypatch):
+    """With the settings of JAX and XLA that may change the numbers."""
+    for name in [name for name in os.environ if name.startswith(("JAX_", "XLA_"))]:
+        monkeypatch.delenv(name)
     python = ".".join(map(str, sys.version_info[:3]))
     expected = f"jax {jax.__version__} on {jax.devices()[0].device_kind}"
     assert command.environment() == f"{expected}, Python {python}"
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert command.environment().endswith(f"Python {python}, JAX_ENABLE_X64=1")
 
 
 def test_a_process_without_arguments_shows_the_commands():
@@ -354,8 +370,8 @@ def test_a_process_without_arguments_shows_the_commands():
         assert f"\n    {name} " in done.stdout
 
 
-def interrupted(arguments, folder, at):
-    """Ctrl-C in a process that has printed a text: the exit status and the output."""
+def interrupted(arguments, folder, at, seconds=0.0):
+    """Ctrl-C in a process, some time after a text: the exit status and the output."""
     # A shell's background job, as CI may be, ignores SIGINT; a user's command does not.
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
@@ -372,6 +388,7 @@ def interrupted(arguments, folder, at):
             seen = b""
             while at not in seen and (more := process.stdout.read1()):
                 seen += more
+            time.sleep(seconds)
             process.send_signal(signal.SIGINT)
             output, _ = process.communicate(timeout=60)
         finally:
@@ -395,8 +412,10 @@ def test_ctrl_c_ends_a_process_that_has_saved_its_work(tmp_path):
 
 
 @needs_sigint
-def test_ctrl_c_while_packages_are_imported(tmp_path):
-    status, output = interrupted(["demo"], tmp_path, at=b"Loading Flax")
+@pytest.mark.parametrize("seconds", [0.0, 3.0], ids=["imports", "training"])
+def test_ctrl_c_before_the_first_result(seconds, tmp_path):
+    """While packages are imported, and while XLA compiles or trains."""
+    status, output = interrupted(["demo"], tmp_path, b"Loading Flax", seconds)
     assert status == INTERRUPTED, output.decode()
     assert b"Traceback" not in output
     assert list(tmp_path.iterdir()) == []

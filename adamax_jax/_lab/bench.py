@@ -1,18 +1,18 @@
 """What a step costs, beside what one could use instead.
 
-Timed are compiled steps (the update and its addition to the parameters) of one array of
-growing size, of a transformer's 100 arrays, and of 100 small ones; and of the small
-ones the update without jit, tracing and compiling. Each optimizer takes turns with
-optax.adamax, in random order: a ratio is the median over rounds of the ratios within a
-round. The row of optax.adamax itself shows the noise. One row only reads and writes an
-array in place: where arrays are larger than the caches, its GB/s are the limit for the
-others.
+A compiled step is the update and its addition to the parameters. It is timed on one
+array of growing size, on a transformer's 100 arrays, and on 100 small arrays. On the
+small arrays the update without jit, tracing, and compiling are timed as well.
 
-The default run takes three to five minutes and 2 GB on two cores. Both grow with
---max-size: 64 million take ten minutes and 3 GB.
+Each optimizer takes turns with optax.adamax, in random order. A ratio is the median
+over rounds of the ratios within a round. The row of optax.adamax shows the noise. The
+row "copy" reads and writes an array in place: where arrays are larger than the caches,
+its GB/s are the limit for the others.
 
---for DEVICES measures no times: JAX compiles for devices that are not there, and what
-a step moves in their memory is read from the compiled program.
+Time and memory: TIME. Both grow with --max-size.
+
+--for DEVICES measures no times. JAX compiles for devices that are not there, and what a
+step moves in their memory is read from the compiled program.
 """
 
 import argparse
@@ -54,12 +54,13 @@ WARM_UP, REPETITIONS = 1, 10
 # steps that are not timed for so many seconds, before the one that is.
 SETTLE = 0.02
 SIZES = (100_000, 1_600_000, 16_000_000)
-SMALL = "100 arrays of 1000"
-TREES = {"a transformer's 100 arrays": shapes.transformer(), SMALL: shapes.many()}
+MANY = "100 arrays of 1000"
+TREES = {"a transformer's 100 arrays": shapes.transformer(), MANY: shapes.many()}
 # Distribution packages of the contenders that are measured where they are installed.
 OPTIONAL = ("torch", "flashoptim-jax")
 
-# What is timed. Of the last two, each time with empty caches.
+TIME = "three to five minutes and 2 GB on two cores"
+# What is timed; tracing and compiling with empty caches.
 STEP, EAGER = "compiled step", "update without jit"
 TRACE, COMPILE = "trace and lower", "compile"
 
@@ -67,7 +68,7 @@ Tree = dict[str, jax.Array]
 
 
 def gradients_for(arrays: Mapping[str, shapes.Shape]) -> Tree:
-    """Normal numbers."""
+    """Gradients from a normal distribution."""
     rng = np.random.default_rng(0)
     return {
         name: jnp.asarray(rng.standard_normal(shape, np.float32))
@@ -307,21 +308,15 @@ def call_rows(
 ) -> Iterator[Row]:
     """Times updates without jit, tracing and lowering, and compiling."""
     gradients = gradients_for(arrays)
-    on_disk = jax.config.jax_enable_compilation_cache
     for time_of, measure in (
         (EAGER, _eager),
         (TRACE, functools.partial(_compile, end=TRACE)),
         (COMPILE, functools.partial(_compile, end=COMPILE)),
     ):
-        jax.config.update("jax_enable_compilation_cache", False)
-        try:
-            reference = measure(OPTIMIZERS[REFERENCE], gradients)
-            for contender, optimizer in OPTIMIZERS.items():
-                own = measure(optimizer, gradients)
-                pairs = take_turns(own, reference, rounds)
-                yield _row(time_of, name, arrays, contender, pairs)
-        finally:
-            jax.config.update("jax_enable_compilation_cache", on_disk)
+        reference = measure(OPTIMIZERS[REFERENCE], gradients)
+        for contender, optimizer in OPTIMIZERS.items():
+            pairs = take_turns(measure(optimizer, gradients), reference, rounds)
+            yield _row(time_of, name, arrays, contender, pairs)
 
 
 def _eager(optimizer, gradients):
@@ -339,12 +334,21 @@ def _compile(optimizer, gradients, end):
         jax.clear_caches()
         start = time.perf_counter()
         lowered = jax.jit(optax_step(optimizer)).lower(gradients, state, gradients)
-        if end == COMPILE:
-            start = time.perf_counter()
-            lowered.compile()
+        if end == TRACE:
+            return time.perf_counter() - start
+        start = time.perf_counter()
+        lowered.compile()
         return time.perf_counter() - start
 
-    return measure
+    def without_files():
+        on_disk = jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", False)
+        try:
+            return measure()
+        finally:
+            jax.config.update("jax_enable_compilation_cache", on_disk)
+
+    return without_files
 
 
 def _stages(options):
@@ -361,8 +365,8 @@ def _stages(options):
         if max(map(math.prod, arrays.values())) <= largest
     }
     stages = [(step_rows, name, arrays) for name, arrays in (one | trees).items()]
-    if SMALL in trees:
-        stages.append((call_rows, SMALL, trees[SMALL]))
+    if MANY in trees:
+        stages.append((call_rows, MANY, trees[MANY]))
     return stages
 
 
@@ -416,7 +420,9 @@ def _text(rows: Sequence[Row], options: argparse.Namespace) -> str:
 
 
 def _gigabytes_per_second(row):
-    return row.moved_bytes_per_parameter * row.parameters / row.milliseconds[0] / 1e6
+    return (
+        row.moved_bytes_per_parameter * row.parameters / row.milliseconds.median / 1e6
+    )
 
 
 def _interval(spread):
@@ -426,7 +432,6 @@ def _interval(spread):
 
 def _settings(options):
     packages = ["adamax_jax", "jax", "jaxlib", "optax", *installed()]
-    flags = f"XLA_FLAGS={os.environ['XLA_FLAGS']} " if "XLA_FLAGS" in os.environ else ""
     given = {"max-size": options.max_size, "repetitions": options.repetitions}
     given = [f" --{name} {value}" for name, value in given.items() if value]
     return {
@@ -435,7 +440,7 @@ def _settings(options):
         "cores": os.cpu_count(),
         "rounds": options.repetitions or REPETITIONS,
         "warm_up_rounds": WARM_UP,
-        "command": f"{flags}python -m adamax_jax bench{''.join(given)}",
+        "command": f"python -m adamax_jax bench{''.join(given)}",
     }
 
 
@@ -491,12 +496,13 @@ def _draw(rows: Sequence[Row], options: argparse.Namespace) -> None:
     left.set_yticks(range(len(names)), names)
     left.set_xlim(0, None)
     left.set_xlabel("time of a step, relative to optax.adamax")
+    left.legend(fontsize="small")
     right.set_xlabel("bytes of state per parameter")
     right.set_xlim(0, 10)
     for axes in (left, right):
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(environment(), fontsize=9, color="0.4")
+    figure.suptitle(_caption(_settings(options)), fontsize=7, color="0.4", wrap=True)
     figure.savefig(options.figure, dpi=150)
 
 
@@ -537,9 +543,12 @@ def _target_names(text):
 COMMAND = Command(
     name="bench",
     help="measure what an update costs, beside other optimizers",
-    description=__doc__,
+    description=__doc__.replace("TIME", TIME),
     epilog="Measured where installed: " + ", ".join(OPTIONAL) + ".",
     add_options=_add_options,
+    first_line=lambda options: (
+        f"{_total(options)} rows, {TIME} at the default sizes. Making arrays ..."
+    ),
     needs=lambda options: MATPLOTLIB if options.figure else {},
     total=_total,
     results=_results,

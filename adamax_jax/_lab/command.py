@@ -5,11 +5,14 @@ results one after the other, and how they are shown.
 """
 
 import argparse
+import difflib
 import json
 import math
+import os
 import platform
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,8 @@ import jax
 
 import adamax_jax
 
+# Columns of the help.
+WIDTH = 79
 FIGURES = (".pdf", ".png", ".svg")
 # Modules that commands import, and the packages that have them.
 FLAX = {"flax": "flax"}
@@ -28,16 +33,21 @@ SKLEARN = {"sklearn": "scikit-learn"}
 Options = argparse.Namespace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Command:
-    """What a command supplies."""
+    """The parts of a command, in the order of their use."""
 
     name: str
-    help: str
-    description: str | None
-    add_options: Callable[[argparse.ArgumentParser], None]
+    # Why the options contradict each other, or None.
+    problem: Callable[[Options], str | None] = lambda options: None
+    # Printed before anything slow is imported.
+    first_line: Callable[[Options], str | None] = lambda options: None
     # Modules that the command imports, with the packages that have them.
-    needs: Callable[[Options], Mapping[str, str]]
+    needs: Callable[[Options], Mapping[str, str]] = lambda options: {}
+    # The extra of pyproject.toml with these packages.
+    extra: str = "demo"
+    # How many results there will be, if that is known.
+    total: Callable[[Options], int | None] = lambda options: None
     # Yields one result after the other.
     results: Callable[[Options], Iterator[Any]]
     # Describes a result in one line of progress.
@@ -48,26 +58,22 @@ class Command:
     numbers: Callable[[Sequence[Any], Options], Mapping[str, Any]]
     # Saves the figure, for --figure.
     draw: Callable[[Sequence[Any], Options], None] | None = None
-    # How many results there will be, if that is known.
-    total: Callable[[Options], int | None] = lambda options: None
-    # Printed before anything slow is imported.
-    first_line: Callable[[Options], str | None] = lambda options: None
-    # Why the options contradict each other, or None.
-    problem: Callable[[Options], str | None] = lambda options: None
-    # Printed below the options by --help.
+    # The help: in the list of commands, above the options, and below them.
+    help: str = ""
+    description: str = ""
     epilog: str | None = None
-    # The extra of pyproject.toml with the packages.
-    extra: str = "demo"
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     # The command that runs in place of this one, given the options.
     variant: Callable[[Options], "Command | None"] = lambda options: None
 
 
 def add_parser(commands: Any, command: Command) -> None:
     """Adds the parser of a command to those of all commands."""
+    paragraphs = command.description.strip().split("\n\n")
     parser = commands.add_parser(
         command.name,
         help=command.help,
-        description=command.description,
+        description="\n\n".join(textwrap.fill(text, WIDTH) for text in paragraphs),
         epilog=command.epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -104,26 +110,35 @@ def run(command: Command, options: Options) -> int:
     results: list[Any] = []
     status = 0
     try:
-        for result in command.results(options):
-            results.append(result)
-            progress = f"{len(results)}/{total}" if total else f"{len(results):>4}"
-            print(f"{progress}  {command.describe(result)}", file=sys.stderr)
-            _save(command, results, options)
+        # Other libraries' optimizers mix dtypes, whatever the user's settings are.
+        with jax.numpy_dtype_promotion("standard"):
+            for result in command.results(options):
+                results.append(result)
+                progress = f"{len(results)}/{total}" if total else f"{len(results):>4}"
+                print(f"{progress}  {command.describe(result)}", file=sys.stderr)
+                _save(command, results, options)
     except BaseException as error:
-        if not is_interrupt(error):
+        if not _is_interrupt(error):
             raise
         status = 130
     finally:
         if results:
-            # Before the files, whose writing may fail.
-            print("\n" + command.text(results, options), end="")
-            # Again: the interrupt may have come during the last save.
-            _save(command, results, options)
-            if command.draw is not None and options.figure is not None:
-                command.draw(results, options)
-            for path in paths:
-                print(f"Saved: {path.resolve()}")
+            _finish(command, results, options, paths)
     return status
+
+
+def _finish(command, results, options, paths):
+    """Prints the tables, draws the figure, and saves all once more.
+
+    An interrupt may have come during the last save, and files may be impossible to
+    write: the tables come first.
+    """
+    print("\n" + command.text(results, options), end="", flush=True)
+    if command.draw is not None and options.figure is not None:
+        command.draw(results, options)
+    _save(command, results, options)
+    for path in paths:
+        print(f"Saved: {path.resolve()}")
 
 
 def _save(command, results, options):
@@ -136,6 +151,8 @@ def _save(command, results, options):
 
 def _unwritable(paths):
     """Opens each file; says which one cannot be written and why, or returns None."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        return "Two of --json, --markdown and --figure name one file."
     for path in paths:
         if not path.parent.is_dir():
             return f"Cannot save to {path}: there is no folder {path.parent}."
@@ -173,7 +190,7 @@ def _can_import(module):
     return True
 
 
-def is_interrupt(error: BaseException) -> bool:
+def _is_interrupt(error):
     """Whether Ctrl-C was the reason; JAX wraps one raised while it compares trees."""
     return isinstance(error, KeyboardInterrupt) or isinstance(
         error.__cause__, KeyboardInterrupt
@@ -224,14 +241,21 @@ def add_names(
     default: Iterable[str],
     help: str,
 ) -> None:
-    """Adds an option that takes some of several names."""
+    """Adds an option that takes some of several names, which the epilog lists."""
+    known = list(names)
+
+    def name(text):
+        if text in known:
+            return text
+        close = difflib.get_close_matches(text.lower(), map(str.lower, known), n=3)
+        similar = [repr(name) for name in known if name.lower() in close]
+        hint = f"; similar: {', '.join(similar)}" if similar else ""
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of the names that --help lists{hint}"
+        )
+
     parser.add_argument(
-        option,
-        nargs="+",
-        metavar="NAME",
-        choices=list(names),
-        default=list(default),
-        help=help,
+        option, nargs="+", metavar="NAME", type=name, default=list(default), help=help
     )
 
 
@@ -249,6 +273,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def environment() -> str:
-    """The versions and the device that the numbers come from."""
+    """The device, versions, and settings of JAX that the numbers come from."""
     device = jax.devices()[0].device_kind
-    return f"jax {jax.__version__} on {device}, Python {platform.python_version()}"
+    text = f"jax {jax.__version__} on {device}, Python {platform.python_version()}"
+    for name in sorted(os.environ):
+        if name == "XLA_FLAGS" or (name.startswith("JAX_") and name != "JAX_PLATFORMS"):
+            text += f", {name}={os.environ[name]}"
+    return text

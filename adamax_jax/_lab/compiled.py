@@ -123,10 +123,10 @@ def devices(target: str) -> list[Any]:
 
 
 class Contender(NamedTuple):
-    """An optimizer, and what it works on."""
+    """An optimizer and what it works on; several devices are for the tests."""
 
     optimizer: optax.GradientTransformation
-    # Of parameters and gradients.
+    # The dtype of parameters and gradients.
     dtype: Any = jnp.float32
     devices: int = 1
     divided: Divided = "ZeRO-1"
@@ -188,7 +188,7 @@ _COLLECTIVE = re.compile(
     "(-start|-done)?"
 )
 _CALLED = re.compile(r"(?:calls|to_apply)=%([\w.-]+)")
-# May read a part of an operand, so that the bytes are not known here.
+# Instructions that may read a part of an operand: the bytes are not known here.
 _PARTS = re.compile(
     r" (?:slice|slice-start|dynamic-slice|dynamic-update-slice|gather|scatter"
     r"|while|conditional|custom-call)\("
@@ -237,12 +237,11 @@ def _add(name, computations, program):
         match = _INSTRUCTION.match(line)
         if match is None:
             raise ValueError(f"Not an instruction of HLO: {line.strip()}")
-        name, shape, opcode, rest = match.groups()
-        shapes[name] = shape
+        result, shape, opcode, rest = match.groups()
+        shapes[result] = shape
         operands = [n for n in _NAMES.findall(_ATTRIBUTES.sub("", rest)) if n in shapes]
         # A bitcast gives an array another shape: both are one array.
-        origin = opcode == "bitcast" and operands[0]
-        origins[name] = origins[origin] if origin else name
+        origins[result] = origins[operands[0]] if opcode == "bitcast" else result
         if opcode == "call":
             _add(_CALLED.findall(rest)[0], computations, program)
         elif collective := _COLLECTIVE.fullmatch(opcode):
@@ -253,7 +252,7 @@ def _add(name, computations, program):
         elif _FREE.fullmatch(opcode) or not any(
             # Single numbers, as the step count, take no kernel of their own.
             _sizes(shapes[n])
-            for n in [name, *operands]
+            for n in [result, *operands]
         ):
             continue
         else:
@@ -396,9 +395,6 @@ def _problem(options):
 
 COMMAND = Command(
     name="bench",
-    help="",
-    description=None,
-    add_options=lambda parser: None,
     needs=lambda options: needs(options.targets),
     extra="aot",
     total=lambda options: len(options.targets) * len(contenders()),

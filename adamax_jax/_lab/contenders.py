@@ -13,7 +13,7 @@ from adamax_jax import adam, adamax, master_weights
 BFLOAT16: dict[str, Any] = {"m_dtype": "bfloat16", "u_dtype": "bfloat16"}
 TWO_BYTES: dict[str, Any] = {"m_dtype": "int8", "u_dtype": "uint8"}
 # One u for all numbers along the last axis, in arrays with more than one axis.
-SHARED: dict[str, Any] = {"m_dtype": "int8", "u_dtype": "float32", "shared_axes": -1}
+SHARED_U: dict[str, Any] = {"m_dtype": "int8", "u_dtype": "float32", "shared_axes": -1}
 # AdaMax with a shorter memory and a bounded growth of u.
 BOUNDED: dict[str, Any] = {"b2": 0.99, "max_growth": 2}
 
@@ -52,23 +52,23 @@ def with_float32_copy(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-# Of parameters and gradients in float32.
+# Parameters and gradients are in float32.
 OPTIMIZERS = {
     REFERENCE: optax.adamax(LEARNING_RATE),
     "optax.adam": optax.adam(LEARNING_RATE),
     "adamax float32": adamax(LEARNING_RATE),
     "adamax bfloat16/bfloat16": adamax(LEARNING_RATE, **BFLOAT16),
     "adamax int8/uint8": adamax(LEARNING_RATE, **TWO_BYTES),
-    "adamax int8 and shared u": adamax(LEARNING_RATE, **SHARED),
+    "adamax int8 and shared u": adamax(LEARNING_RATE, **SHARED_U),
     "adamax float32, bounded growth": adamax(LEARNING_RATE, **BOUNDED),
     "adamax int8/uint8, bounded growth": adamax(LEARNING_RATE, **BOUNDED, **TWO_BYTES),
     "adamax int8 and shared u, bounded growth": adamax(
-        LEARNING_RATE, **BOUNDED, **SHARED
+        LEARNING_RATE, **BOUNDED, **SHARED_U
     ),
     "adam float32": adam(LEARNING_RATE),
     "adam int8/uint8": adam(LEARNING_RATE, **TWO_BYTES),
 }
-# Of parameters and gradients in bfloat16.
+# Parameters and gradients are in bfloat16.
 HALF = {
     "bfloat16: optax.adamax": optax.adamax(LEARNING_RATE),
     "bfloat16: optax.adam and a float32 copy": with_float32_copy(

@@ -1,7 +1,8 @@
 """What each of many devices holds and moves in a step, computed from shapes alone.
 
 Nothing is measured or allocated here. The shapes are those that the optimizers' own
-``init`` and ``zero_shardings`` give, and the bytes moved are the fewest possible.
+``init`` and ``zero_shardings`` give, and the bytes moved are the fewest possible. The
+rows are those of ``notebooks/03_flax_and_scale.ipynb``.
 """
 
 import math
@@ -103,7 +104,7 @@ class ScaleRow:
     state_bytes: int
     # In its own memory, in a step of the optimizer.
     moved_bytes: int
-    # What an all-gather of the new parameters gives it.
+    # The new parameters that an all-gather brings to the device.
     gathered_bytes: int
 
 

@@ -18,6 +18,9 @@ best of Adam's b2 (by the mean of all seeds), and to AdaMax at b2 = 0.999. The m
 are Adam and AdaMax at b2 = 0.95 to 0.999; AdaMax with a b2 that rises during the
 training; with a bounded growth; and, as controls, both with gradients that are clipped.
 The best two bounded growths were then trained in few bytes ("memory, narrow").
+
+Time and memory: a training takes 2 to 60 seconds, by its task, and 1 GB; the default
+80 take some 20 minutes on two cores. A search tries three to six rates for each method.
 """
 
 import argparse
@@ -40,6 +43,7 @@ from adamax_jax import adam, adamax, lp_adam, master_weights
 from adamax_jax._lab.command import (
     FLAX,
     SKLEARN,
+    WIDTH,
     Command,
     add_names,
     environment,
@@ -54,9 +58,9 @@ from adamax_jax._lab.contenders import (
 from adamax_jax._lab.tasks import ALL_TASKS, TASKS
 from adamax_jax._lab.train import InHalf, Method, Run, Trainer
 
-# What the other methods are compared to, where it is trained.
+# The methods that others are compared to, where they are trained.
 REFERENCES = ("Adam", "AdaMax", "bfloat16, master weights")
-# And where Adam was trained with several b2: the one whose mean over seeds is best.
+# The Adam whose mean over seeds is best, where several b2 were trained.
 BEST_ADAM = "Adam at its best b2"
 # A search that goes further than this finds no best.
 MOST_RATES = 12
@@ -472,7 +476,7 @@ def _names():
 def _wrapped(names):
     """Lines of names, none of which is broken."""
     text = " ".join(shlex.quote(name).replace(" ", "\0") for name in names)
-    lines = textwrap.wrap(text, 84, initial_indent="    ", subsequent_indent="    ")
+    lines = textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
     return [line.replace("\0", " ") for line in lines]
 
 
@@ -540,7 +544,7 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     """The tables and what they come from."""
     settings = _settings(runs, options)
     rates = {
-        "task": "Learning rates are the tasks'",
+        "task": "Learning rates are the tasks', chosen for AdaMax",
         "search": "Learning rates are the best of those a factor of 2 apart, by seed "
         "0, which is not counted",
         "curve": "Learning rates are the best of eight, by seed 0, which is not "
@@ -565,6 +569,10 @@ COMMAND = Command(
     description=__doc__,
     epilog=_names(),
     add_options=_add_options,
+    first_line=lambda options: (
+        f"{_total(options) or 'A search of'} trainings of 2 to 60 seconds each. "
+        "Loading Flax ..."
+    ),
     needs=lambda options: FLAX | SKLEARN,
     total=_total,
     results=_results,
