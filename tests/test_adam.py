@@ -51,10 +51,7 @@ PARAMS = jax.tree.map(jnp.ones_like, GRADIENTS[0])
 BEFORE, AFTER = GRADIENTS[:20], GRADIENTS[20:]
 
 
-@pytest.fixture(autouse=True)
-def optax_mixes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def exact_updates(g, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):

@@ -66,10 +66,7 @@ def short(names):
     ]
 
 
-@pytest.fixture(autouse=True)
-def optax_mixes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 @pytest.fixture(params=["jit", "disable_jit"], autouse=True)

@@ -26,11 +26,8 @@ def both(optax_value, our_value):
     )
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """JAX as it comes; one test asks for strict promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+# JAX as it comes; one test asks for strict promotion.
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def first_step(module, params, gradients):

@@ -31,10 +31,7 @@ PARAMS = jax.tree.map(jnp.ones_like, GRADIENTS[0])
 BEFORE, AFTER = GRADIENTS[:20], GRADIENTS[20:]
 
 
-@pytest.fixture(autouse=True)
-def optax_mixes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 PAIRS = {

@@ -10,12 +10,8 @@ from versions import needs_new_optax
 
 import adamax_jax
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's AdaMax is refused under strict promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+# Optax's AdaMax is refused under strict promotion.
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 @pytest.mark.parametrize(

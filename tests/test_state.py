@@ -47,12 +47,6 @@ STOP = 20
 BEFORE, AFTER = GRADIENTS[:STOP], GRADIENTS[STOP:]
 
 
-@pytest.fixture
-def optax_mixes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def test_moments_needs_one_state():
     state = adamax().init(jnp.ones(1))
     with pytest.raises(
@@ -177,7 +171,7 @@ def test_a_conversion_keeps_the_bound_of_steps(dtype):
     assert np.all(np.abs(update) > 0.1)
 
 
-@pytest.mark.usefixtures("optax_mixes_dtypes")
+@pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -206,7 +200,7 @@ def trained():
     return train(adamax(), PARAMS, adamax().init(PARAMS), BEFORE)[1][0]
 
 
-@pytest.mark.usefixtures("optax_mixes_dtypes")
+@pytest.mark.usefixtures("lenient")
 def test_what_does_not_count_updates_stays_new():
     """Adam's own count, an average's and a plateau's, and a parameter of that name."""
 

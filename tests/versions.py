@@ -1,10 +1,24 @@
-"""What the oldest versions that pyproject.toml allows have under other names."""
+"""What differs between versions, and between a test's compiler and a user's."""
 
 import contextlib
+import os
 
 import jax
 import optax
 import pytest
+
+# Half of a run would be LLVM's and MLIR's work. Before JAX 0.11, XLA on the CPU has an
+# older way to kernels, which takes half as long.
+UNOPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# For jax.jit and compile, where a claim is one about what the compiler makes of it.
+AS_USERS_COMPILE = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
+if jax.__version_info__ < (0, 11):
+    flags = os.environ.get("XLA_FLAGS", "")
+    UNOPTIMIZED["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    AS_USERS_COMPILE["xla_cpu_use_fusion_emitters"] = True
 
 needs_new_xla = pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
