@@ -6,12 +6,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 STORAGES = {
     "own": {},
     "bfloat16": {"m_dtype": "bfloat16", "u_dtype": "bfloat16"},
     "two bytes": {"m_dtype": "int8", "u_dtype": "uint8"},
 }
+ONE_BYTE = {"m_dtype": "int8", "shared_axes": -1}
+EVERY_STORAGE = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+
+
+def long(value):
+    """The value as a parameter of a test, marked as long."""
+    values = value if isinstance(value, tuple) else [value]
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
+def long_but(plain, values):
+    """The values as parameters of a test, all but some of them marked as long."""
+    return [value if value in plain else long(value) for value in values]
+
+
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 40)
+
+
+def pairs(theirs, ours):
+    """An optimizer of Optax and one of ours, alone and in what holds optimizers."""
+    return {
+        name: (wrap(theirs), wrap(ours))
+        for name, wrap in {
+            "alone": lambda make: make(0.1),
+            "a schedule": lambda make: make(SCHEDULE),
+            "MultiSteps": lambda make: optax.MultiSteps(make(0.1), 3),
+            "masked": lambda make: optax.masked(make(0.1), {"a": True, "b": False}),
+            "injected": lambda make: optax.inject_hyperparams(make)(SCHEDULE),
+        }.items()
+    }
+
 
 # The bound of |m/u| at the default decay rates, and what a rounding leaves of a u.
 LONGEST_STEP, ROUNDING_LEAVES = 1.0091, 0.88
@@ -31,6 +63,15 @@ def gradients(steps=1000, size=64, seed=0, decades=12, zeros=0.1):
     g[rng.random(shape) < zeros] = 0.0
     g[:, 0] = 0.0
     return g
+
+
+# Thirty of a tree, in two parts.
+TREES = [
+    {"a": jnp.asarray(g[:32].reshape(4, 8)), "b": jnp.asarray(g[32:])}
+    for g in np.float32(gradients(steps=30, decades=4))
+]
+BEFORE, AFTER = TREES[:20], TREES[20:]
+PARAMS = jax.tree.map(jnp.ones_like, TREES[0])
 
 
 def bits(x):

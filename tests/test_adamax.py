@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from sequences import STORAGES, gradients
+from sequences import EVERY_STORAGE, STORAGES, gradients
 
 import adamax_jax
 from adamax_jax import (
@@ -35,9 +35,6 @@ DTYPES = [
     jnp.complex128,
 ]
 FACTORIES = [scale_by_adamax, adamax, adamaxw]
-EVERY_STORAGE = pytest.mark.parametrize(
-    "storage", list(STORAGES.values()), ids=list(STORAGES)
-)
 
 
 def tree(dtype=jnp.float32):

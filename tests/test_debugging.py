@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sequences import STORAGES
+from sequences import STORAGES, long_but
 
 from adamax_jax import (
     adamax,
@@ -58,14 +58,6 @@ OPTIMIZERS |= {
 }
 
 
-def short(names):
-    """The names, those that are not short marked as long."""
-    return [
-        name if name in SHORT else pytest.param(name, marks=pytest.mark.long)
-        for name in names
-    ]
-
-
 pytestmark = pytest.mark.usefixtures("lenient")
 
 
@@ -90,7 +82,7 @@ def steps(optimizer, params=PARAMS, count=3):
     return state
 
 
-@pytest.mark.parametrize("name", short(OPTIMIZERS))
+@pytest.mark.parametrize("name", long_but(SHORT, OPTIMIZERS))
 def test_updates(name):
     steps(OPTIMIZERS[name])
 
@@ -100,15 +92,20 @@ def test_complex_updates():
     steps(lp_adam(1e-3, 3.0), {"a": jnp.ones(2, jnp.complex64)})
 
 
-@pytest.mark.parametrize("name", short(STORAGES))
+@pytest.mark.parametrize("name", long_but(SHORT, STORAGES))
 def test_tools(name):
     state = steps(adamax(1e-3, **STORAGES[name]))
     moments(state)
     str(diagnose(state))
     from_optax(to_optax(state))
     insert_state(adamax(m_dtype="int8", shared_axes=-1).init(PARAMS), state)
-    for m_dtype, u_dtype in itertools.product(
-        [None, "float32", "bfloat16", "int8"], [None, "float32", "bfloat16", "uint8"]
+    for m_dtype, u_dtype in (
+        (None, "float32"),
+        ("float32", None),
+        ("bfloat16", "bfloat16"),
+        ("float32", "uint8"),
+        ("int8", "uint8"),
+        ("int8", "float32"),
     ):
         convert_state(state, m_dtype=m_dtype, u_dtype=u_dtype)
 
@@ -122,7 +119,7 @@ def test_weights_in_full(dtype, residual_dtype):
     set_full_params(params, state, {"w": jnp.full(3, 0.1)})
 
 
-@pytest.mark.parametrize("name", short(OPTIMIZERS))
+@pytest.mark.parametrize("name", long_but(SHORT, OPTIMIZERS))
 def test_float64_of_numpy_makes_no_warnings(name):
     """JAX takes it for float32, and so do we."""
     params = {"matrix": np.ones([3, 4]), "bias": np.zeros(3)}

@@ -1,5 +1,6 @@
 """States that are saved, stored otherwise, cut and put together, as a page shows it."""
 
+import functools
 import re
 
 import chex
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
-from sequences import STORAGES
+from sequences import ONE_BYTE, STORAGES
 from test_readme import page, run, section
 
 from adamax_jax import (
@@ -36,7 +37,7 @@ EVERY_STORAGE = pytest.mark.parametrize(
             )
             for name in STORAGES
         ),
-        pytest.param({"m_dtype": "int8", "shared_axes": -1}, id="shared"),
+        pytest.param(ONE_BYTE, id="shared"),
     ],
 )
 # u without drift, m rounded up or down once more.
@@ -49,14 +50,13 @@ def blocks(heading):
     )
 
 
-def after(heading, storage):
-    """The names that a section leaves behind, and the state before it."""
+@functools.cache
+def names_before(storage):
+    """The names that the page's first block leaves behind."""
     (setup,) = blocks("Models that change")
-    (recipe,) = blocks(heading)
     setup = setup.replace(OPTIMIZER, "adamax(1e-2, **storage)")
     # Gradients that differ in size, by their columns.
     setup = setup.replace("update(params", "update(gradients")
-    recipe = recipe.replace("update(params", "update(gradients")
     assert "**storage" in setup and "update(gradients" in setup
     gradients = {
         name: jnp.broadcast_to(10.0 ** -jnp.arange(1.0 * width), [height, width])
@@ -66,10 +66,16 @@ def after(heading, storage):
             ("head", 8, 10),
         ]
     }
-    names = {"storage": storage, "gradients": gradients}
-    before = run(setup, **names)["state"]
+    return run(setup, storage=dict(storage), gradients=gradients)
+
+
+def after(heading, storage):
+    """The names that a section leaves behind, and the state before it."""
+    (recipe,) = blocks(heading)
+    recipe = recipe.replace("update(params", "update(gradients")
+    names = names_before(tuple(storage.items()))
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        return run(setup + recipe, **names), before
+        return run(recipe, **names), names["state"]
 
 
 def same(actual, expected, names):

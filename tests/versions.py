@@ -1,6 +1,7 @@
 """What differs between versions, and between a test's compiler and a user's."""
 
 import contextlib
+import functools
 import os
 
 import jax
@@ -10,15 +11,17 @@ import pytest
 # Half of a run would be LLVM's and MLIR's work. Before JAX 0.11, XLA on the CPU has an
 # older way to kernels, which takes half as long.
 UNOPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-# For jax.jit and compile, where a claim is one about what the compiler makes of it.
-AS_USERS_COMPILE = {
+# The compiler's options, where a claim is about what it makes of a program.
+AS_USERS_DO = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
 }
 if jax.__version_info__ < (0, 11):
     flags = os.environ.get("XLA_FLAGS", "")
     UNOPTIMIZED["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
-    AS_USERS_COMPILE["xla_cpu_use_fusion_emitters"] = True
+    AS_USERS_DO["xla_cpu_use_fusion_emitters"] = True
+
+as_users_compile = functools.partial(jax.jit, compiler_options=AS_USERS_DO)
 
 needs_new_xla = pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
