@@ -35,11 +35,22 @@ def pytest_configure(config):
         jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def memory():
-    """Compiled programs of a module are not kept for the next one."""
+# How many programs were compiled since they were last forgotten; each takes a megabyte.
+compiled = []
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def count(event, seconds, **_):
+    if event.endswith("backend_compile_duration"):
+        compiled.append(seconds)
+
+
+@pytest.fixture(autouse=True)
+def memory(request):
     yield
-    jax.clear_caches()
+    if len(compiled) > 500:
+        jax.clear_caches()
+        compiled.clear()
 
 
 @pytest.fixture
@@ -57,11 +68,13 @@ def lenient():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Why tests were skipped, and how many for each reason."""
-    reasons = collections.Counter(
-        report.longrepr[2].removeprefix("Skipped: ")
-        for report in terminalreporter.getreports("skipped")
-        if isinstance(report.longrepr, tuple)
-    )
-    for reason, count in reasons.most_common():
-        terminalreporter.write_line(f"{count} skipped: {reason}")
+    """How many tests were skipped and why, and the command that lets them run."""
+    skipped = collections.defaultdict(list)
+    for report in terminalreporter.getreports("skipped"):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        why, _, command = reason.partition(": ")
+        skipped[command].append(why)
+    for command, reasons in skipped.items():
+        why = "; ".join(sorted(set(reasons)))
+        line = f"{len(reasons)} skipped: {why.replace(' is missing; ', ', ')}"
+        terminalreporter.write_line(f"{line}: {command}" if command else line)

@@ -85,19 +85,19 @@ def numbers(x, dtype):
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
-def trajectory(transformation, gradients):
+def trajectory(transformation, gradients, jit=jax.jit):
     """The updates and the states after each step, stacked, from one compiled scan."""
-    return compiled_trajectory(transformation)(gradients)
+    return compiled_trajectory(transformation, jit)(gradients)
 
 
-def compiled_trajectory(transformation):
+def compiled_trajectory(transformation, jit=jax.jit):
     """The same as a function of the gradients, which compiles once for each shape."""
 
     def step(state, g):
         update, state = transformation.update(g, state)
         return state, jax.tree.map(bits, (update, state))
 
-    @jax.jit
+    @jit
     def run(gradients):
         first = jax.tree.map(lambda g: g[0], gradients)
         state = transformation.init(first)

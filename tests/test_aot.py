@@ -63,7 +63,8 @@ def needs(device):
     """Skips where what compiles for a device is not installed."""
     missing = [m for m in targets.modules([device]) if not targets.is_there(m)]
     if missing:
-        pytest.skip(f"{', '.join(missing)} not installed (the extra aot)")
+        command = 'pip install -e ".[aot]"'
+        pytest.skip(f"{', '.join(missing)} is missing: {command}")
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import optax
 import pytest
 import sequences
 from sequences import long_but
+from versions import as_users_compile
 
 from adamax_jax import (
     adamax,
@@ -165,7 +166,7 @@ def test_a_million_steps(name, x64):
         off = jnp.stack([jnp.max(jnp.abs(x)) for x in off])
         return (state, m, u, jnp.maximum(largest, off)), None
 
-    @jax.jit
+    @as_users_compile
     def run():
         zeros = jnp.zeros(size, jnp.float64)
         state = optimizer.init(jnp.zeros(size, jnp.float32))

@@ -44,6 +44,13 @@ EVERY_STORAGE = pytest.mark.parametrize(
 TOLERANCE = {"rtol": 0.13, "atol": 0.02}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def as_it_comes():
+    """A page's code runs under JAX's defaults, and so does all: each compiles anew."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def blocks(heading):
     return re.findall(
         r"^```python\n(.*?)^```", section(PAGE, heading), re.DOTALL | re.MULTILINE
@@ -74,8 +81,7 @@ def after(heading, storage):
     (recipe,) = blocks(heading)
     recipe = recipe.replace("update(params", "update(gradients")
     names = names_before(tuple(storage.items()))
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        return run(recipe, **names), names["state"]
+    return run(recipe, **names), names["state"]
 
 
 def same(actual, expected, names):
@@ -358,8 +364,7 @@ def test_master_weights_keep_their_residuals():
     state = optimizer.init(params)
     for _ in range(3):
         updates, state = optimizer.update(params, state, params)
-        with jax.numpy_dtype_promotion("standard"):
-            params = optax.apply_updates(params, updates)
+        params = optax.apply_updates(params, updates)
     deeper = params | {"layer": jnp.ones(2, jnp.bfloat16)}
     full = full_params(params, state) | {"layer": jnp.full(2, 1.001)}
     new = insert_state(optimizer.init(deeper), state, missing="keep")

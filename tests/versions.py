@@ -33,6 +33,14 @@ needs_new_optax = pytest.mark.skipif(
     reason="Optax before 0.2.7 does otherwise itself",
 )
 
+TRAINERS = 'pip install -e ".[trainers]"'
+
+
+def installed(package, command=TRAINERS):
+    """The package, or a test is skipped and the command named that installs it."""
+    return pytest.importorskip(package, reason=f"{package} is missing: {command}")
+
+
 # Before JAX 0.7.1.
 set_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
 
