@@ -65,13 +65,13 @@ def gradients(steps=1000, size=64, seed=0, decades=12, zeros=0.1):
     return g
 
 
-# Thirty of a tree, in two parts.
+# Thirty of a tree, in two parts; of NumPy, since JAX may be imported but not started.
 TREES = [
-    {"a": jnp.asarray(g[:32].reshape(4, 8)), "b": jnp.asarray(g[32:])}
+    {"a": g[:32].reshape(4, 8), "b": g[32:]}
     for g in np.float32(gradients(steps=30, decades=4))
 ]
 BEFORE, AFTER = TREES[:20], TREES[20:]
-PARAMS = jax.tree.map(jnp.ones_like, TREES[0])
+PARAMS = jax.tree.map(np.ones_like, TREES[0])
 
 
 def bits(x):
@@ -115,10 +115,10 @@ def updates_of(transformation, gradients):
 
 
 @functools.lru_cache(maxsize=16)
-def compiled_step(optimizer):
+def compiled_step(optimizer, jit=jax.jit):
     """One step of training, compiled once for an optimizer."""
 
-    @jax.jit
+    @jit
     def step(params, state, g):
         updates, state = optimizer.update(g, state, params)
         return optax.apply_updates(params, updates), state
@@ -126,10 +126,10 @@ def compiled_step(optimizer):
     return step
 
 
-def train(optimizer, params, state, gradients):
+def train(optimizer, params, state, gradients, jit=jax.jit):
     """The parameters and the state after some steps of a compiled loop."""
     for g in gradients:
-        params, state = compiled_step(optimizer)(params, state, g)
+        params, state = compiled_step(optimizer, jit)(params, state, g)
     return params, state
 
 

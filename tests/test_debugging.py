@@ -34,8 +34,9 @@ SHORT = (
 )
 PARAMS = {
     "matrix": jnp.ones([3, 4]),
-    "half": jnp.ones([2, 3], jnp.bfloat16),
-    "float16": jnp.ones(3, jnp.float16),
+    # Of the same shape, since each operation is compiled for each shape.
+    "half": jnp.ones([3, 4], jnp.bfloat16),
+    "float16": jnp.ones([3, 4], jnp.float16),
     "empty": jnp.zeros([0, 3]),
 }
 OPTIONS = [

@@ -1,5 +1,7 @@
 """States of Optax's and PyTorch's AdaMax, continued here and brought back."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import peers
 import pytest
+import sequences
 from sequences import (
     AFTER,
     BEFORE,
@@ -17,9 +20,8 @@ from sequences import (
     TREES,
     long_but,
     pairs,
-    train,
 )
-from versions import needs_new_optax
+from versions import as_users_compile, needs_new_optax
 
 from adamax_jax import (
     ScaleByAdamaxState,
@@ -34,6 +36,8 @@ from adamax_jax import (
 )
 
 pytestmark = pytest.mark.usefixtures("lenient")
+# Optax's compiled steps have the bits of ours.
+train = functools.partial(sequences.train, jit=as_users_compile)
 
 
 PAIRS = pairs(optax.adamax, adamax)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
-from sequences import ONE_BYTE, STORAGES
+from sequences import ONE_BYTE, STORAGES, long_but
 from test_readme import page, run, section
 
 from adamax_jax import (
@@ -26,20 +26,14 @@ from adamax_jax import (
 
 PAGE = page("checkpoints")
 OPTIMIZER = 'adamax(1e-2, m_dtype="int8", u_dtype="uint8")'
-EVERY_STORAGE = pytest.mark.parametrize(
-    "storage",
-    [
-        *(
-            pytest.param(
-                STORAGES[name],
-                id=name,
-                marks=[] if name == "two bytes" else pytest.mark.long,
-            )
-            for name in STORAGES
-        ),
-        pytest.param(ONE_BYTE, id="shared"),
-    ],
-)
+ALL_STORAGES = STORAGES | {"shared": ONE_BYTE}
+
+
+def in_storages(*plain):
+    """In these storages, and in the others in the long run."""
+    return pytest.mark.parametrize("storage", long_but(plain, ALL_STORAGES))
+
+
 # u without drift, m rounded up or down once more.
 TOLERANCE = {"rtol": 0.13, "atol": 0.02}
 
@@ -73,14 +67,14 @@ def names_before(storage):
             ("head", 8, 10),
         ]
     }
-    return run(setup, storage=dict(storage), gradients=gradients)
+    return run(setup, storage=ALL_STORAGES[storage], gradients=gradients)
 
 
 def after(heading, storage):
     """The names that a section leaves behind, and the state before it."""
     (recipe,) = blocks(heading)
     recipe = recipe.replace("update(params", "update(gradients")
-    names = names_before(tuple(storage.items()))
+    names = names_before(storage)
     return run(recipe, **names), names["state"]
 
 
@@ -108,7 +102,7 @@ def next_updates(optimizer, state, params):
     return updates, state
 
 
-@EVERY_STORAGE
+@in_storages("two bytes", "shared")
 def test_a_layer_is_added(storage):
     names, before = after("A layer is added", storage)
     same(names["state"], before, ["embedding", "backbone", "head"])
@@ -124,7 +118,7 @@ def test_a_layer_is_added(storage):
     chex.assert_trees_all_equal({name: both[name] for name in own}, own)
 
 
-@EVERY_STORAGE
+@in_storages("shared")
 def test_frozen_parameters_begin_to_train(storage):
     names, before = after("Frozen parameters begin to train", storage)
     same(names["state"], before, ["head"])
@@ -133,7 +127,7 @@ def test_frozen_parameters_begin_to_train(storage):
     next_updates(names["optimizer"], names["state"], names["params"])
 
 
-@EVERY_STORAGE
+@in_storages("two bytes")
 def test_a_vocabulary_grows(storage):
     names, before = after("A vocabulary grows", storage)
     same(names["state"], before, ["backbone", "head"])
@@ -143,7 +137,7 @@ def test_a_vocabulary_grows(storage):
     next_updates(names["optimizer"], names["state"], names["larger"])
 
 
-@EVERY_STORAGE
+@in_storages("two bytes")
 def test_a_head_is_replaced(storage):
     names, before = after("A head is replaced", storage)
     same(names["state"], before, ["embedding", "backbone"])
@@ -151,7 +145,7 @@ def test_a_head_is_replaced(storage):
     next_updates(names["optimizer"], names["state"], names["replaced"])
 
 
-@EVERY_STORAGE
+@in_storages("shared")
 def test_one_optimizer_becomes_several_and_one_again(storage):
     names, before = after("One optimizer becomes several, and one again", storage)
     same(names["joined"], before, ["head"])
@@ -169,7 +163,7 @@ def test_one_optimizer_becomes_several_and_one_again(storage):
     next_updates(names["optimizer"], names["joined"], names["params"])
 
 
-@EVERY_STORAGE
+@in_storages("two bytes")
 def test_the_states_of_several_workers_become_one(storage):
     names, _ = after("The states of several workers become one", storage)
     (m1, u1), (m2, u2) = (moments(state) for state in names["states"])
@@ -180,7 +174,7 @@ def test_the_states_of_several_workers_become_one(storage):
         np.testing.assert_allclose(u[name], expected, rtol=0.13)
 
 
-@EVERY_STORAGE
+@in_storages("two bytes")
 @pytest.mark.parametrize("jit", [False, True])
 def test_what_is_kept_is_stored_beside_another_scale(storage, jit):
     """A part of a running state, where the given one is older."""
@@ -188,7 +182,7 @@ def test_what_is_kept_is_stored_beside_another_scale(storage, jit):
 
     def state_of(names, steps):
         g = {name: gradients[name] for name in names}
-        optimizer = adamax(**storage)
+        optimizer = adamax(**ALL_STORAGES[storage])
 
         @jax.jit
         def train(state, steps):
