@@ -12,18 +12,20 @@ import sys
 import traceback
 
 import jax
+from versions import UNOPTIMIZED
 
 
-def problem(file, check):
+def problem(file, check, as_users_compile=False):
     """What is wrong with a check of a module, None for nothing."""
-    return _problems(file)[check]
+    return _problems(file, as_users_compile)[check]
 
 
 @functools.cache
-def _problems(file):
+def _problems(file, as_users_compile):
+    not_for_it = UNOPTIMIZED if as_users_compile else {}
     done = subprocess.run(
         [sys.executable, "-W", "error", file],
-        env=os.environ
+        env={k: v for k, v in os.environ.items() if k not in not_for_it}
         | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "8",

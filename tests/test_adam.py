@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sequences import gradients, train, trajectory
+import sequences
+from sequences import (
+    AFTER,
+    BEFORE,
+    PARAMS,
+    SCHEDULE,
+    TREES,
+    gradients,
+    long_but,
+    train,
+    trajectory,
+)
 from versions import needs_new_optax
 
 import adamax_jax
@@ -32,29 +43,18 @@ from adamax_jax import (
     to_optax,
 )
 
+TWO_BYTES = sequences.STORAGES["two bytes"]
 STORAGES = {
     "8 bytes": {},
-    "4 bytes": {"m_dtype": "bfloat16", "u_dtype": "bfloat16"},
+    "4 bytes": sequences.STORAGES["bfloat16"],
     "3 bytes": {"m_dtype": "int8", "u_dtype": "bfloat16"},
-    "2 bytes": {"m_dtype": "int8", "u_dtype": "uint8"},
+    "2 bytes": TWO_BYTES,
 }
-TWO_BYTES = STORAGES["2 bytes"]
 EVERY_STORAGE = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 # Half the distance of two stored numbers of u, relative to them.
 HALF_A_STEP = {"float32": 0, "bfloat16": 2**-8, "uint8": 1 / 8}
-SCHEDULE = optax.linear_schedule(0.1, 0.0, 40)
-GRADIENTS = [
-    {"a": jnp.asarray(g[:32].reshape(4, 8)), "b": jnp.asarray(g[32:])}
-    for g in np.float32(gradients(steps=30, decades=4))
-]
-PARAMS = jax.tree.map(jnp.ones_like, GRADIENTS[0])
-BEFORE, AFTER = GRADIENTS[:20], GRADIENTS[20:]
 
-
-@pytest.fixture(autouse=True)
-def optax_mixes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def exact_updates(g, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):
@@ -129,8 +129,8 @@ def test_all_positional_arguments():
     mask = {"a": True, "b": False}
     options = (SCHEDULE, 0.8, 0.99, 1e-6, 1e-5, jnp.float32, 0.1, mask)
     ours, theirs = adamw(*options), optax.adamw(*options)
-    actual, _ = train(ours, PARAMS, ours.init(PARAMS), GRADIENTS)
-    expected, _ = train(theirs, PARAMS, theirs.init(PARAMS), GRADIENTS)
+    actual, _ = train(ours, PARAMS, ours.init(PARAMS), TREES)
+    expected, _ = train(theirs, PARAMS, theirs.init(PARAMS), TREES)
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -214,23 +214,9 @@ def test_u_remains_a_mean_where_b2_changes():
 # States, from Optax and back.
 
 
-PAIRS = {
-    "adam": (optax.adam(0.1), adam(0.1)),
-    "a schedule": (optax.adam(SCHEDULE), adam(SCHEDULE)),
+PAIRS = sequences.pairs(optax.adam, adam) | {
     "adamw": (optax.adamw(0.1), adamw(0.1)),
     "mu_dtype": (optax.adam(0.1, mu_dtype="bfloat16"), adam(0.1, mu_dtype="bfloat16")),
-    "MultiSteps": (
-        optax.MultiSteps(optax.adam(0.1), 3),
-        optax.MultiSteps(adam(0.1), 3),
-    ),
-    "masked": (
-        optax.masked(optax.adam(0.1), {"a": True, "b": False}),
-        optax.masked(adam(0.1), {"a": True, "b": False}),
-    ),
-    "injected": (
-        optax.inject_hyperparams(optax.adam)(SCHEDULE),
-        optax.inject_hyperparams(adam)(SCHEDULE),
-    ),
 }
 
 
@@ -252,14 +238,7 @@ def test_optax_continued_here_is_optax_uninterrupted(name):
     chex.assert_trees_all_close(back, end, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "a schedule" else pytest.param(name, marks=pytest.mark.long)
-        for name in PAIRS
-        if name != "mu_dtype"
-    ],
-)
+@pytest.mark.parametrize("name", long_but(["a schedule"], list(PAIRS)[:-1]))
 def test_from_here_on_in_optax(name):
     theirs, ours = PAIRS[name]
     params, state = train(ours, PARAMS, ours.init(PARAMS), BEFORE)
@@ -283,7 +262,7 @@ def test_a_state_before_the_first_step_and_one_of_complex_numbers():
 
 
 def test_each_member_of_an_ensemble_has_its_own_count():
-    together = jax.tree.map(lambda g: jnp.stack([g, 2 * g]), GRADIENTS[0])
+    together = jax.tree.map(lambda g: jnp.stack([g, 2 * g]), TREES[0])
     theirs, ours = optax.adam(0.1), adam(0.1)
     states = jax.vmap(theirs.init)(together)
     _, states = jax.vmap(theirs.update)(together, states)
@@ -327,18 +306,9 @@ def test_a_running_adam_goes_on_in_few_bytes(storage):
 
 
 @EVERY_STORAGE
-@pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param(
-            target,
-            id=name,
-            marks=[] if name in ("8 bytes", "2 bytes") else pytest.mark.long,
-        )
-        for name, target in STORAGES.items()
-    ],
-)
+@pytest.mark.parametrize("target", long_but(["2 bytes"], STORAGES))
 def test_states_are_inserted_and_converted_alike(storage, target):
+    target = STORAGES[target]
     _, state = train(
         adam(0.1, **storage), PARAMS, adam(0.1, **storage).init(PARAMS), BEFORE
     )

@@ -64,7 +64,8 @@ def lenient():
 def needs(device):
     """Skips where what compiles for a device is not installed."""
     if missing := compiled.missing([device]):
-        pytest.skip(f"{', '.join(missing)} not installed (pip install -e '.[aot]')")
+        command = 'pip install -e ".[aot]"'
+        pytest.skip(f"{', '.join(missing)} is missing: {command}")
 
 
 class Step(NamedTuple):

@@ -17,7 +17,7 @@ import optax
 import pytest
 from sequences import STORAGES
 from tables import squeezed
-from versions import needs_new_xla
+from versions import AS_USERS_DO, needs_new_xla
 
 from adamax_jax import adam, adamax, master_weights
 from adamax_jax.__main__ import main
@@ -46,7 +46,7 @@ def compiled(optimizer, arrays, dtype=jnp.float32):
     gradients = jax.tree.map(lambda g: g.astype(dtype), gradients)
     state = optimizer.init(gradients)
     step = jax.jit(bench.optax_step(optimizer), donate_argnums=(0, 1))
-    return step.lower(gradients, state, gradients).compile()
+    return step.lower(gradients, state, gradients).compile(AS_USERS_DO)
 
 
 def operations(executable, result=r"(?:\(.*?\)|\S+)"):

@@ -20,6 +20,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sequences import STORAGES
+from versions import installed
 
 from adamax_jax import adamax, adamaxw, zero_shardings
 
@@ -90,8 +91,7 @@ def by_orbax_manager(tree, template, path):
 
 
 def by_equinox(tree, template, path):
-    reason = "Equinox is missing: pip install -e '.[trainers]'"
-    eqx = pytest.importorskip("equinox", reason=reason)
+    eqx = installed("equinox")
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, tree)
     file.seek(0)

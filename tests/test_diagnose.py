@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sequences import STORAGES
+from sequences import EVERY_STORAGE, STORAGES
+from versions import AS_USERS_DO
 
 from adamax_jax import (
     Diagnosis,
@@ -20,9 +21,6 @@ from adamax_jax import (
 )
 
 FIGURES = {"rms", "max", "unseen", "stale", "decades", "saturated"}
-EVERY_STORAGE = pytest.mark.parametrize(
-    "storage", list(STORAGES.values()), ids=list(STORAGES)
-)
 # A uint8 u is known to a ninth of itself, and with it m/u. A bfloat16 m stands still
 # when what it lacks, times 1 - b1, is less than half an ulp.
 OFF_A_STEP = {"own": 1e-5, "bfloat16": 0.02 + 2**-8, "two bytes": 0.13}
@@ -294,7 +292,7 @@ def test_what_is_compiled_for_many_parameters():
 
     def kernels(leaves):
         state = adamax().init([jnp.ones(5)] * leaves)
-        compiled = jax.jit(diagnose).lower(state).compile()
+        compiled = jax.jit(diagnose).lower(state).compile(AS_USERS_DO)
         diagnosis = jax.eval_shape(diagnose, state)
         assert len(jax.tree.leaves(diagnosis)) == 2 * len(FIGURES)
         _, entry = compiled.as_text().split("ENTRY")

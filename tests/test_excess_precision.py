@@ -30,11 +30,8 @@ EVERY_HALF = pytest.mark.parametrize("dtype", HALF)
 EVERY_RESIDUAL = pytest.mark.parametrize("residual_dtype", ["int16", "int8"])
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """optax.apply_updates adds float32 updates to parameters in half precision."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+# optax.apply_updates adds float32 updates to parameters in half precision.
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def with_excess_precision(function):

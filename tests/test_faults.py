@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import sequences
+from sequences import long_but
+from versions import as_users_compile
 
 from adamax_jax import (
     adamax,
@@ -24,11 +27,12 @@ from adamax_jax import (
 
 PAGE = Path(__file__).parents[1] / "notebooks" / "faults.md"
 
+# By their names on the page.
 STORAGES = {
     "float32": {},
-    "bfloat16": {"m_dtype": "bfloat16", "u_dtype": "bfloat16"},
-    "int8, uint8": {"m_dtype": "int8", "u_dtype": "uint8"},
-    "int8, shared u": {"m_dtype": "int8", "shared_axes": -1},
+    "bfloat16": sequences.STORAGES["bfloat16"],
+    "int8, uint8": sequences.STORAGES["two bytes"],
+    "int8, shared u": sequences.ONE_BYTE,
 }
 MEMORIES = {
     "As it comes": {},
@@ -142,7 +146,7 @@ DRIFT = {
 }
 
 
-@pytest.mark.parametrize("name", DRIFT)
+@pytest.mark.parametrize("name", long_but(["int8, uint8"], DRIFT))
 def test_a_million_steps(name, x64):
     """Beside the paper's three lines in float64, in the same loop."""
     b1, b2, eps, size = 0.9, 0.999, 1e-8, 16
@@ -162,7 +166,7 @@ def test_a_million_steps(name, x64):
         off = jnp.stack([jnp.max(jnp.abs(x)) for x in off])
         return (state, m, u, jnp.maximum(largest, off)), None
 
-    @jax.jit
+    @as_users_compile
     def run():
         zeros = jnp.zeros(size, jnp.float64)
         state = optimizer.init(jnp.zeros(size, jnp.float32))
@@ -281,10 +285,10 @@ def test_parameters_of_four_bits(dtypes):
     np.testing.assert_array_equal(step.astype(jnp.float32), -0.5)
 
 
-@pytest.mark.parametrize("make", [FAMILY[0], FAMILY[3], FAMILY[-1]])
-def test_many_leaves(make):
-    params = {f"w{i:04}": jnp.full([1, 2], i % 7 - 3.0) for i in range(5000)}
-    optimizer = make()
+@pytest.mark.parametrize("shared_axes", long_but([-1], [None, -1]))
+def test_many_leaves(shared_axes):
+    params = {f"w{i:04}": np.full([1, 2], i % 7 - 3, np.float32) for i in range(5000)}
+    optimizer = scale_by_adamax(m_dtype="int8", shared_axes=shared_axes)
     steps, state = optimizer.update(params, optimizer.init(params))
     assert jax.tree.structure(steps) == jax.tree.structure(params)
     assert jax.tree.structure(state.m) == jax.tree.structure(params)

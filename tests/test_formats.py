@@ -20,7 +20,7 @@ from sequences import (
     trajectory,
     updates_of,
 )
-from versions import needs_new_xla
+from versions import AS_USERS_DO, needs_new_xla
 
 from adamax_jax import adamax, convert_state, moments, scale_by_adamax
 from adamax_jax._formats import MEANS, NORMS
@@ -695,7 +695,7 @@ def test_temporary_memory_is_no_more_than_optax_takes(name):
 
     def temporary(optimizer):
         update = jax.jit(optimizer.update, donate_argnums=1)
-        compiled = update.lower(g, optimizer.init(g)).compile()
+        compiled = update.lower(g, optimizer.init(g)).compile(AS_USERS_DO)
         return compiled.memory_analysis().temp_size_in_bytes
 
     with jax.numpy_dtype_promotion("standard"):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+import sequences
 from jax import lax
 from sequences import gradients, trajectory, updates_of
 
@@ -115,12 +116,7 @@ def test_u_follows_a_quantile(share):
     assert (np.median(u) > 0.8) if rises else (np.median(u) < 1e-3)
 
 
-STORAGES = {
-    "float32": {},
-    "bfloat16": {"m_dtype": "bfloat16", "u_dtype": "bfloat16"},
-    "two bytes": {"m_dtype": "int8", "u_dtype": "uint8"},
-    "one byte": {"m_dtype": "int8", "shared_axes": -1},
-}
+STORAGES = sequences.STORAGES | {"one byte": sequences.ONE_BYTE}
 IN_STORAGES = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 
 

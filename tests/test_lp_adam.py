@@ -12,6 +12,7 @@ import pytest
 import sequences
 from dying import DECAYS, dying_gradients, exact_mean_beside, noise_of_rounding
 from sequences import compiled_trajectory, descend, trajectory
+from versions import as_users_compile
 
 from adamax_jax import (
     ScaleByLpAdamState,
@@ -71,10 +72,10 @@ def relative_error(actual, exact):
 
 
 @functools.cache
-def with_traced_numbers(**options):
+def with_traced_numbers(jit=jax.jit, **options):
     """A compiled run, one for all hyperparameters: a function of them and of g."""
 
-    @jax.jit
+    @jit
     def run(numbers, g):
         return compiled_trajectory(scale_by_lp_adam(**numbers, **options))(g)
 
@@ -199,9 +200,9 @@ def test_p_of_2_is_adam_in_float32():
 def test_p_of_infinity_is_adamax_to_the_bit(eps_inside, options):
     g = gradients(1000)
     options = options | {"eps_inside": eps_inside}
-    expected, other = trajectory(scale_by_adamax(**options), g)
-    known = trajectory(scale_by_lp_adam(jnp.inf, **options), g)
-    traced = with_traced_numbers(**options)(g, p=jnp.inf)
+    expected, other = trajectory(scale_by_adamax(**options), g, as_users_compile)
+    known = trajectory(scale_by_lp_adam(jnp.inf, **options), g, as_users_compile)
+    traced = with_traced_numbers(as_users_compile, **options)(g, p=jnp.inf)
     for updates, state in (known, traced):
         np.testing.assert_array_equal(state.u, other.u)
         np.testing.assert_array_equal(state.m, other.m)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sequences import STORAGES
+from sequences import STORAGES, long_but
 
 from adamax_jax import (
     ScaleByAdamaxState,
@@ -81,15 +81,10 @@ def kinds():
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        kind
-        if kind in ("noise", "constant", "rare")
-        else pytest.param(kind, marks=pytest.mark.long)
-        for kind in kinds()
-    ],
+    long_but(["noise", "constant", "rare"], kinds()),
 )
 @pytest.mark.parametrize("u_dtype", ["bfloat16", "uint8"])
-@pytest.mark.parametrize("p", [2.0, pytest.param(3.5, marks=pytest.mark.long)])
+@pytest.mark.parametrize("p", long_but([2.0], [2.0, 3.5]))
 def test_u_has_no_bias(p, u_dtype, kind):
     """Many coordinates of similar gradients, each with a threshold of its own.
 
@@ -126,9 +121,7 @@ def test_rounded_to_nearest_u_would_stay():
 
 
 @EVERY_NARROW
-@pytest.mark.parametrize(
-    "p", [2.0, *(pytest.param(p, marks=pytest.mark.long) for p in (1.8, 3.5, 16.0))]
-)
+@pytest.mark.parametrize("p", long_but([2.0], [2.0, 1.8, 3.5, 16.0]))
 def test_steps_follow_float32(storage, p):
     """The same travel, and no step is turned around."""
     rng = np.random.default_rng(2)

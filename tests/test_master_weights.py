@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sequences import STORAGES
 from test_facts import distance_to_the_minimum
-from versions import needs_new_xla
+from versions import as_users_compile, installed, needs_new_xla
 
 from adamax_jax import (
     MasterWeightsState,
@@ -37,11 +37,8 @@ EVERY_HALF = pytest.mark.parametrize("dtype", HALF)
 EVERY_RESIDUAL = pytest.mark.parametrize("residual_dtype", ["int16", "int8"])
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """optax.apply_updates adds float32 updates to parameters in half precision."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+# optax.apply_updates adds float32 updates to parameters in half precision.
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def bits(x):
@@ -383,7 +380,7 @@ class TestTraining:
             a, b = (jax.tree.map(lambda x: jnp.stack([x] * 3), c) for c in (a, b))
             ours, by_hand = (jax.jit(jax.vmap(f)) for f in (ours, by_hand))
         elif how == "jit":
-            ours, by_hand = jax.jit(ours), jax.jit(by_hand)
+            ours, by_hand = as_users_compile(ours), as_users_compile(by_hand)
         for t in range(steps):
             place = jnp.array([t, t + 1, t + 2]) % 50 if how == "vmap" else t
             batch = jax.tree.map(lambda x, place=place: x[place], batches)
@@ -584,7 +581,7 @@ class TestUse:
 
     def test_equinox(self):
         """Optax's apply_updates keeps the dtype; Equinox's does not: it is noticed."""
-        eqx = pytest.importorskip("equinox")
+        eqx = installed("equinox")
         model = eqx.nn.Linear(3, 2, dtype=jnp.bfloat16, key=jax.random.key(0))
         optimizer = master_weights(adamax(1e-3))
         arrays = eqx.filter(model, eqx.is_inexact_array)
@@ -768,7 +765,7 @@ class TestUse:
         np.testing.assert_allclose(moved[inside] / (20_000 * exact), 1, rtol=0.05)
 
     def test_an_equinox_model_with_functions_in_it(self):
-        eqx = pytest.importorskip("equinox")
+        eqx = installed("equinox")
         model = eqx.nn.MLP(3, 2, 4, 1, dtype=jnp.bfloat16, key=jax.random.key(0))
         optimizer = master_weights(adamax(1e-3))
         state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
@@ -923,7 +920,7 @@ CHECKS = eight_devices.named(check_a_divided_run)
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_eight_devices(check):
-    assert eight_devices.problem(__file__, check) is None
+    assert eight_devices.problem(__file__, check, as_users_compile=True) is None
 
 
 # What a bfloat16 model takes for each parameter, but for the gradient: the parameter,

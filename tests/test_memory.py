@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sequences import STORAGES
+from sequences import EVERY_STORAGE
 
 from adamax_jax import (
     adamax,
@@ -72,7 +72,6 @@ def delete(tree):
 
 
 TOOLS = pytest.mark.parametrize("name", some_tools())
-EVERY_STORAGE = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 
 
 @EVERY_STORAGE

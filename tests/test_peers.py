@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import peers
 import pytest
+from versions import installed
 
 from adamax_jax import adamax, adamaxw, scale_by_adamax
 
@@ -202,11 +203,14 @@ def test_paddle_eps_fades_beside_gradients(x64):
     assert np.max(bound) < 1e-7
 
 
+COMMAND = 'pip install keras "mlx[cpu]" pytorch_optimizer tensorflow torch'
+
+
 @pytest.mark.parametrize(("name", "dtype"), RUNS)
 def test_record_is_not_stale(name, dtype):
     """Another version or processor may round differently, but no more than that."""
     case = peers.CASES[name]
-    pytest.importorskip(case.module)
+    installed(case.module, COMMAND)
     initial, gradients, expected = recorded(name, dtype)
     assert_same(case.run(initial, gradients, dtype), expected, dtype)
 

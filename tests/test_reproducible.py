@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sequences import STORAGES, gradients, trajectory
+from versions import as_users_compile
 
 from adamax_jax import adamax, scale_by_adamax
 
@@ -68,7 +69,7 @@ def test_a_float32_u_has_the_bits_of_the_formula(shared_axes):
     """
     g = np.float32(gradients(steps=1000, size=24)).reshape(-1, 4, 6)
     optimizer = scale_by_adamax(shared_axes=shared_axes)
-    _, states = trajectory(optimizer, jnp.asarray(g))
+    _, states = trajectory(optimizer, jnp.asarray(g), as_users_compile)
     u = np.zeros([4, 6], np.float32)
     for g_t, state_u in zip(g, np.asarray(states.u), strict=True):
         u = np.maximum(np.float32(0.999) * u, np.abs(g_t) + np.float32(1e-8))

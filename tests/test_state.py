@@ -12,10 +12,16 @@ import pytest
 from dying import spacing
 from flax import nnx
 from sequences import (
+    AFTER,
+    BEFORE,
+    EVERY_STORAGE,
     LONGEST_STEP,
+    PARAMS,
     ROUNDING_LEAVES,
     ROUNDING_OF_U,
+    SCHEDULE,
     STORAGES,
+    TREES,
     gradients,
     train,
 )
@@ -33,24 +39,8 @@ from adamax_jax import (
     to_optax,
 )
 
-EVERY_STORAGE = pytest.mark.parametrize(
-    "storage", list(STORAGES.values()), ids=list(STORAGES)
-)
 FULL = {"m_dtype": "float32", "u_dtype": "float32"}
-SCHEDULE = optax.linear_schedule(0.1, 0.0, 40)
-GRADIENTS = [
-    {"a": jnp.asarray(g[:32].reshape(4, 8)), "b": jnp.asarray(g[32:])}
-    for g in np.float32(gradients(steps=30, decades=4))
-]
-PARAMS = jax.tree.map(jnp.ones_like, GRADIENTS[0])
-STOP = 20
-BEFORE, AFTER = GRADIENTS[:STOP], GRADIENTS[STOP:]
-
-
-@pytest.fixture
-def optax_mixes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+STOP = len(BEFORE)
 
 
 def test_moments_needs_one_state():
@@ -177,7 +167,7 @@ def test_a_conversion_keeps_the_bound_of_steps(dtype):
     assert np.all(np.abs(update) > 0.1)
 
 
-@pytest.mark.usefixtures("optax_mixes_dtypes")
+@pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -206,7 +196,7 @@ def trained():
     return train(adamax(), PARAMS, adamax().init(PARAMS), BEFORE)[1][0]
 
 
-@pytest.mark.usefixtures("optax_mixes_dtypes")
+@pytest.mark.usefixtures("lenient")
 def test_what_does_not_count_updates_stays_new():
     """Adam's own count, an average's and a plateau's, and a parameter of that name."""
 
@@ -250,8 +240,8 @@ def test_an_inserted_state_can_be_donated(wrap):
     optimizer, old = wrap(SCHEDULE), trained()
     state = insert_state(optimizer.init(PARAMS), old)
     step = jax.jit(optimizer.update, donate_argnums=1)
-    _, state = step(GRADIENTS[0], state)
-    _, state = step(GRADIENTS[0], state)
+    _, state = step(TREES[0], state)
+    _, state = step(TREES[0], state)
     assert int(optax.tree.get(state, "m")["a"].size) == 32
     assert int(old.count) == STOP and np.all(np.isfinite(old.u["a"]))
 
@@ -278,7 +268,7 @@ def test_a_state_is_inserted_into_an_nnx_optimizer():
     """Its containers stay, its schedule goes on, and so does training."""
     model = nnx.Linear(4, 8, use_bias=False, rngs=nnx.Rngs(0))
     weights = {"kernel": model.kernel[...]}
-    gradients = [{"kernel": g["a"]} for g in GRADIENTS]
+    gradients = [{"kernel": g["a"]} for g in TREES]
     tx = adamax(SCHEDULE)
     expected, middle = train(tx, weights, tx.init(weights), gradients[:STOP])
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -292,7 +282,7 @@ def test_a_state_is_inserted_into_an_nnx_optimizer():
     state = as_pure(optimizer.opt_state)
     chex.assert_trees_all_close(dict(state[0].m), end[0].m, rtol=1e-6)
     chex.assert_trees_all_equal(dict(state[0].u), end[0].u)
-    assert int(state[1].count) == int(end[1].count) == len(GRADIENTS)
+    assert int(state[1].count) == int(end[1].count) == len(TREES)
     np.testing.assert_allclose(model.kernel[...], expected["kernel"], atol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """States that are saved, stored otherwise, cut and put together, as a page shows it."""
 
+import functools
 import re
 
 import chex
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
-from sequences import STORAGES
+from sequences import ONE_BYTE, STORAGES, long_but
 from test_readme import page, run, section
 
 from adamax_jax import (
@@ -25,22 +26,23 @@ from adamax_jax import (
 
 PAGE = page("checkpoints")
 OPTIMIZER = 'adamax(1e-2, m_dtype="int8", u_dtype="uint8")'
-EVERY_STORAGE = pytest.mark.parametrize(
-    "storage",
-    [
-        *(
-            pytest.param(
-                STORAGES[name],
-                id=name,
-                marks=[] if name == "two bytes" else pytest.mark.long,
-            )
-            for name in STORAGES
-        ),
-        pytest.param({"m_dtype": "int8", "shared_axes": -1}, id="shared"),
-    ],
-)
+ALL_STORAGES = STORAGES | {"shared": ONE_BYTE}
+
+
+def in_storages(*plain):
+    """In these storages, and in the others in the long run."""
+    return pytest.mark.parametrize("storage", long_but(plain, ALL_STORAGES))
+
+
 # u without drift, m rounded up or down once more.
 TOLERANCE = {"rtol": 0.13, "atol": 0.02}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_it_comes():
+    """A page's code runs under JAX's defaults, and so does all: each compiles anew."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def blocks(heading):
@@ -49,14 +51,13 @@ def blocks(heading):
     )
 
 
-def after(heading, storage):
-    """The names that a section leaves behind, and the state before it."""
+@functools.cache
+def names_before(storage):
+    """The names that the page's first block leaves behind."""
     (setup,) = blocks("Models that change")
-    (recipe,) = blocks(heading)
     setup = setup.replace(OPTIMIZER, "adamax(1e-2, **storage)")
     # Gradients that differ in size, by their columns.
     setup = setup.replace("update(params", "update(gradients")
-    recipe = recipe.replace("update(params", "update(gradients")
     assert "**storage" in setup and "update(gradients" in setup
     gradients = {
         name: jnp.broadcast_to(10.0 ** -jnp.arange(1.0 * width), [height, width])
@@ -66,10 +67,15 @@ def after(heading, storage):
             ("head", 8, 10),
         ]
     }
-    names = {"storage": storage, "gradients": gradients}
-    before = run(setup, **names)["state"]
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        return run(setup + recipe, **names), before
+    return run(setup, storage=ALL_STORAGES[storage], gradients=gradients)
+
+
+def after(heading, storage):
+    """The names that a section leaves behind, and the state before it."""
+    (recipe,) = blocks(heading)
+    recipe = recipe.replace("update(params", "update(gradients")
+    names = names_before(storage)
+    return run(recipe, **names), names["state"]
 
 
 def same(actual, expected, names):
@@ -96,7 +102,7 @@ def next_updates(optimizer, state, params):
     return updates, state
 
 
-@EVERY_STORAGE
+@in_storages("two bytes", "shared")
 def test_a_layer_is_added(storage):
     names, before = after("A layer is added", storage)
     same(names["state"], before, ["embedding", "backbone", "head"])
@@ -112,7 +118,7 @@ def test_a_layer_is_added(storage):
     chex.assert_trees_all_equal({name: both[name] for name in own}, own)
 
 
-@EVERY_STORAGE
+@in_storages("shared")
 def test_frozen_parameters_begin_to_train(storage):
     names, before = after("Frozen parameters begin to train", storage)
     same(names["state"], before, ["head"])
@@ -121,7 +127,7 @@ def test_frozen_parameters_begin_to_train(storage):
     next_updates(names["optimizer"], names["state"], names["params"])
 
 
-@EVERY_STORAGE
+@in_storages("two bytes")
 def test_a_vocabulary_grows(storage):
     names, before = after("A vocabulary grows", storage)
     same(names["state"], before, ["backbone", "head"])
@@ -131,7 +137,7 @@ def test_a_vocabulary_grows(storage):
     next_updates(names["optimizer"], names["state"], names["larger"])
 
 
-@EVERY_STORAGE
+@in_storages("two bytes")
 def test_a_head_is_replaced(storage):
     names, before = after("A head is replaced", storage)
     same(names["state"], before, ["embedding", "backbone"])
@@ -139,7 +145,7 @@ def test_a_head_is_replaced(storage):
     next_updates(names["optimizer"], names["state"], names["replaced"])
 
 
-@EVERY_STORAGE
+@in_storages("shared")
 def test_one_optimizer_becomes_several_and_one_again(storage):
     names, before = after("One optimizer becomes several, and one again", storage)
     same(names["joined"], before, ["head"])
@@ -157,7 +163,7 @@ def test_one_optimizer_becomes_several_and_one_again(storage):
     next_updates(names["optimizer"], names["joined"], names["params"])
 
 
-@EVERY_STORAGE
+@in_storages("two bytes")
 def test_the_states_of_several_workers_become_one(storage):
     names, _ = after("The states of several workers become one", storage)
     (m1, u1), (m2, u2) = (moments(state) for state in names["states"])
@@ -168,7 +174,7 @@ def test_the_states_of_several_workers_become_one(storage):
         np.testing.assert_allclose(u[name], expected, rtol=0.13)
 
 
-@EVERY_STORAGE
+@in_storages("two bytes")
 @pytest.mark.parametrize("jit", [False, True])
 def test_what_is_kept_is_stored_beside_another_scale(storage, jit):
     """A part of a running state, where the given one is older."""
@@ -176,7 +182,7 @@ def test_what_is_kept_is_stored_beside_another_scale(storage, jit):
 
     def state_of(names, steps):
         g = {name: gradients[name] for name in names}
-        optimizer = adamax(**storage)
+        optimizer = adamax(**ALL_STORAGES[storage])
 
         @jax.jit
         def train(state, steps):
@@ -352,8 +358,7 @@ def test_master_weights_keep_their_residuals():
     state = optimizer.init(params)
     for _ in range(3):
         updates, state = optimizer.update(params, state, params)
-        with jax.numpy_dtype_promotion("standard"):
-            params = optax.apply_updates(params, updates)
+        params = optax.apply_updates(params, updates)
     deeper = params | {"layer": jnp.ones(2, jnp.bfloat16)}
     full = full_params(params, state) | {"layer": jnp.full(2, 1.001)}
     new = insert_state(optimizer.init(deeper), state, missing="keep")

@@ -23,7 +23,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
 from sklearn.datasets import load_digits
 from test_readme import example, page, run
-from versions import as_pure, set_mesh
+from versions import as_pure, installed, set_mesh
 
 from adamax_jax import adamax, adamaxw, convert_state, moments
 
@@ -124,15 +124,9 @@ def tunix():
     """Not in the extra, since it brings more than a gigabyte of other packages."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip("tunix", reason="google-tunix is missing")
+        installed("tunix", "pip install google-tunix")
         from tunix.sft import peft_trainer
     return peft_trainer
-
-
-def installed(package):
-    return pytest.importorskip(
-        package, reason=f"{package} is missing: pip install -e '.[trainers]'"
-    )
 
 
 def cross_entropy(logits, y):

@@ -56,13 +56,6 @@ def types(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
-@pytest.fixture
-def standard_promotion():
-    """For wrappers that mix dtypes in arithmetic of their own."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def multi_steps(optimizer, k):
     return optax.MultiSteps(optimizer, k).gradient_transformation()
 
@@ -256,7 +249,7 @@ def test_masks_nest_and_may_be_prefixes():
             chex.assert_trees_all_equal(leaves["inner"], getattr(expected[0], field))
 
 
-def test_multi_steps_of_one_are_none(standard_promotion):
+def test_multi_steps_of_one_are_none(lenient):
     optimizer = adamaxw(RATE, **TWO_BYTES)
     every, states = run(multi_steps(optimizer, 1))
     plain, alone = run(optimizer)
@@ -264,7 +257,7 @@ def test_multi_steps_of_one_are_none(standard_promotion):
     chex.assert_trees_all_equal([s.inner_opt_state for s in states], alone)
 
 
-def test_multi_steps_of_three_step_along_the_mean(standard_promotion):
+def test_multi_steps_of_three_step_along_the_mean(lenient):
     # Multiples of 6 have whole means of 2 and 3, so the running mean is exact.
     rng = np.random.default_rng(0)
     minis = 6.0 * rng.integers(-50, 50, [9, 9])
@@ -402,7 +395,7 @@ def test_a_stateful_schedule_sees_the_extra_arguments():
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_lookahead_meets_half_way(standard_promotion, reset):
+def test_lookahead_meets_half_way(lenient, reset):
     optimizer = adamax(RATE, **TWO_BYTES)
     ahead = optax.lookahead(
         optimizer, sync_period=3, slow_step_size=0.5, reset_state=reset
@@ -478,7 +471,7 @@ def test_frozen_parameters_stay():
     chex.assert_trees_all_equal(trained.m["kernel"], alone[-1][0].m["kernel"])
 
 
-def test_apply_every_sums_the_steps(standard_promotion):
+def test_apply_every_sums_the_steps(lenient):
     optimizer = adamax(RATE, **TWO_BYTES)
     every, _ = run(optax.chain(optimizer, optax.apply_every(3)))
     plain, _ = run(optimizer)
@@ -495,7 +488,7 @@ def test_apply_every_sums_the_steps(standard_promotion):
     chex.assert_trees_all_equal(every, by_hand)
 
 
-def test_split_complex_parameters_are_two_real_ones(standard_promotion):
+def test_split_complex_parameters_are_two_real_ones(lenient):
     """In this way an int8 m serves complex parameters too."""
     optimizer = adamaxw(RATE, **TWO_BYTES)
     imaginary = GRADIENTS[::-1]
@@ -514,7 +507,7 @@ def test_split_complex_parameters_are_two_real_ones(standard_promotion):
     )
 
 
-def test_a_plateau_halves_the_steps(standard_promotion):
+def test_a_plateau_halves_the_steps(lenient):
     """The first value is the best; after two that are no better comes a half."""
     optimizer = adamax(RATE, **TWO_BYTES)
     scaled, states = run(plateau(optimizer), value=jnp.float32(1.0))

@@ -1,10 +1,27 @@
-"""What the oldest versions that pyproject.toml allows have under other names."""
+"""What differs between versions, and between a test's compiler and a user's."""
 
 import contextlib
+import functools
+import os
 
 import jax
 import optax
 import pytest
+
+# Half of a run would be LLVM's and MLIR's work. Before JAX 0.11, XLA on the CPU has an
+# older way to kernels, which takes half as long.
+flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
+UNOPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
+# The compiler's options, where a claim is about what it makes of a program.
+AS_USERS_DO = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
+if jax.__version_info__ < (0, 11):
+    UNOPTIMIZED["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    AS_USERS_DO["xla_cpu_use_fusion_emitters"] = True
+
+as_users_compile = functools.partial(jax.jit, compiler_options=AS_USERS_DO)
 
 needs_new_xla = pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
@@ -15,6 +32,14 @@ needs_new_optax = pytest.mark.skipif(
     tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 7),
     reason="Optax before 0.2.7 does otherwise itself",
 )
+
+TRAINERS = 'pip install -e ".[trainers]"'
+
+
+def installed(package, command=TRAINERS):
+    """The package, or a test is skipped and the command named that installs it."""
+    return pytest.importorskip(package, reason=f"{package} is missing: {command}")
+
 
 # Before JAX 0.7.1.
 set_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
