@@ -284,7 +284,9 @@ def test_bytes_are_counted(at_once):
         ("adamax int8/uint8", 4, 2),
         ("adamax int8 and shared u", 4, 1.004),
         ("adamax int8/uint8, bounded growth", 4, 2),
+        ("adam int8/bfloat16", 4, 3),
         ("adam int8/uint8", 4, 2),
+        ("adamax float32, flattened", 4, 8),
         ("bfloat16: optax.adamax", 2, 4),
         ("bfloat16: optax.adam and a float32 copy", 2, 12),
         ("bfloat16: adamax float32 and int16", 2, 10),
@@ -319,19 +321,26 @@ def test_every_contender_takes_the_steps_of_its_optimizer():
         return two_steps(jax.tree.map(jnp.ones_like, first))
 
     bounded = functools.partial(adamax, b2=0.99, max_growth=2)
+    adams = [
+        name for name in bench.OPTIMIZERS if name.startswith(("adam ", "optax.adam"))
+    ]
+    adams.remove("optax.adamax")
     # What a contender should be, where it is not AdaMax.
     others = dict.fromkeys(
         ("optax.adam", "adam float32", "adam int8/uint8"), optax.adam
     )
     # 1 was added and subtracted; a uint8 u is known to a ninth of itself, an int8 m to
-    # 4 to 6 %.
-    float32_error, errors = 1e-3, {"bfloat16": 0.01, "uint8": 0.2, "shared": 0.07}
+    # 4 to 6 %, or 12 % where it is small beside u, as in Adam.
+    float32_error, errors = (
+        1e-3,
+        {"bfloat16": 0.01, "uint8": 0.2, "int8": 0.07, "adam int8": 0.12},
+    )
     for name in bench.OPTIMIZERS:
         run = bench.contenders()[name](first)
         run()
         run._gradients = second
         run()
-        (error,) = [e for n, e in errors.items() if n in name] or [float32_error]
+        error = max([e for n, e in errors.items() if n in name], default=float32_error)
         adamaxs = bounded if "bounded" in name else optax.adamax
         # A new contender that is neither belongs into `others`.
         chex.assert_trees_all_close(

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from adamax_jax._lab import compiled, shapes
 from adamax_jax._lab.command import (
@@ -175,6 +176,8 @@ def contenders() -> dict[str, Callable[[Tree], Any]]:
         makers[name] = functools.partial(_optax_run, optimizer)
     for name, optimizer in HALF.items():
         makers[name] = functools.partial(_half_run, optimizer)
+    flattened = optax.flatten(OPTIMIZERS["adamax float32"])
+    makers["adamax float32, flattened"] = functools.partial(_optax_run, flattened)
     if "torch" in installed():
         makers["torch Adamax"] = TorchRun
     if "flashoptim-jax" in installed():
@@ -543,7 +546,7 @@ def _target_names(text):
 COMMAND = Command(
     name="bench",
     help="measure what an update costs, beside other optimizers",
-    description=__doc__.replace("TIME", TIME),
+    description=(__doc__ or "").replace("TIME", TIME),
     epilog="Measured where installed: " + ", ".join(OPTIONAL) + ".",
     add_options=_add_options,
     first_line=lambda options: (

@@ -60,7 +60,7 @@ class Command:
     draw: Callable[[Sequence[Any], Options], None] | None = None
     # The help: in the list of commands, above the options, and below them.
     help: str = ""
-    description: str = ""
+    description: str | None = None
     epilog: str | None = None
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     # The command that runs in place of this one, given the options.
@@ -69,7 +69,7 @@ class Command:
 
 def add_parser(commands: Any, command: Command) -> None:
     """Adds the parser of a command to those of all commands."""
-    paragraphs = command.description.strip().split("\n\n")
+    paragraphs = (command.description or "").strip().split("\n\n")
     parser = commands.add_parser(
         command.name,
         help=command.help,

@@ -66,6 +66,7 @@ OPTIMIZERS = {
         LEARNING_RATE, **BOUNDED, **SHARED_U
     ),
     "adam float32": adam(LEARNING_RATE),
+    "adam int8/bfloat16": adam(LEARNING_RATE, m_dtype="int8", u_dtype="bfloat16"),
     "adam int8/uint8": adam(LEARNING_RATE, **TWO_BYTES),
 }
 # Parameters and gradients are in bfloat16.
