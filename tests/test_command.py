@@ -319,7 +319,7 @@ def test_options_that_are_not_known_name_the_known(arguments, message, folder, c
     ("name", "shown"),
     [
         ("demo", ["--figure PATH", "adamax=0.008"]),
-        ("bench", ["minutes and 2 GB", "--for DEVICES", "torch, flashoptim-jax"]),
+        ("bench", ["four minutes and 2 GB", "--for DEVICES", "torch, flashoptim-jax"]),
         ("study", ["--rates", "'transformer, warm-up'", "'memory, narrow'"]),
     ],
 )
