@@ -325,7 +325,7 @@ def call_rows(
     """
     gradients = gradients_for(arrays)
     few = max(1, rounds // 4)
-    for time_of, measure, rounds in (
+    for time_of, measure, turns in (
         (EAGER, _eager, rounds),
         (TRACE, functools.partial(_compile, end=TRACE), few),
         (COMPILE, functools.partial(_compile, end=COMPILE), few),
@@ -333,7 +333,7 @@ def call_rows(
         reference = measure(OPTIMIZERS[REFERENCE], gradients)
         for contender in CALLED:
             own = measure(OPTIMIZERS[contender], gradients)
-            pairs = take_turns(own, reference, rounds)
+            pairs = take_turns(own, reference, turns)
             yield _row(time_of, name, arrays, contender, pairs)
 
 
@@ -466,8 +466,8 @@ def _caption(settings):
     versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     return (
         f"Medians of {settings['rounds']} rounds after {settings['warm_up_rounds']} of "
-        "warm-up (of tracing and compiling, of a quarter), and from the tenth to the ninetieth percentile; parameters and "
-        "gradients in float32, or bfloat16 where a row begins with it; "
+        "warm-up (of tracing and compiling, of a quarter), and from the tenth to the "
+        "ninetieth percentile; parameters and gradients in float32, or bfloat16 where a row begins with it; "
         f"{settings['environment']}, {settings['cores']} cores; {versions}; "
         f"{settings['command']}.\n"
     )
@@ -505,7 +505,6 @@ def _draw(rows: Sequence[Row], options: argparse.Namespace) -> None:
             xerr=(median - low, high - median),
             fmt="o",
             color=color,
-            label=contender,
         )
         state = group[0].state_bytes_per_parameter
         right.barh(contender, state, color=color)
@@ -514,8 +513,7 @@ def _draw(rows: Sequence[Row], options: argparse.Namespace) -> None:
     left.set_yticks(range(len(names)), names)
     left.set_xlim(0, None)
     left.set_xlabel("time of a step, relative to optax.adamax")
-    left.legend(fontsize="small")
-    right.set_xlabel("bytes of state per parameter")
+    right.set_xlabel("bytes of state\nper parameter")
     right.set_xlim(0, 10)
     for axes in (left, right):
         axes.invert_yaxis()
