@@ -467,7 +467,8 @@ def _caption(settings):
     return (
         f"Medians of {settings['rounds']} rounds after {settings['warm_up_rounds']} of "
         "warm-up (of tracing and compiling, of a quarter), and from the tenth to the "
-        "ninetieth percentile; parameters and gradients in float32, or bfloat16 where a row begins with it; "
+        "ninetieth percentile; parameters and gradients in float32, or bfloat16 where "
+        "a row begins with it; "
         f"{settings['environment']}, {settings['cores']} cores; {versions}; "
         f"{settings['command']}.\n"
     )
