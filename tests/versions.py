@@ -10,16 +10,20 @@ import pytest
 
 # Half of a run would be LLVM's and MLIR's work. Before JAX 0.11, XLA on the CPU has an
 # older way to kernels, which takes half as long.
-flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
-UNOPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
+own = ["--xla_cpu_parallel_codegen_split_count=1"]
 # The compiler's options, where a claim is about what it makes of a program.
 AS_USERS_DO = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
 }
 if jax.__version_info__ < (0, 11):
-    UNOPTIMIZED["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    own.append("--xla_cpu_use_fusion_emitters=false")
     AS_USERS_DO["xla_cpu_use_fusion_emitters"] = True
+others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in own]
+UNOPTIMIZED = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": " ".join(others + own),
+}
 
 as_users_compile = functools.partial(jax.jit, compiler_options=AS_USERS_DO)
 
