@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+TWO_BYTES = {"m_dtype": "int8", "u_dtype": "uint8"}
 STORAGES = {
     "own": {},
     "bfloat16": {"m_dtype": "bfloat16", "u_dtype": "bfloat16"},
-    "two bytes": {"m_dtype": "int8", "u_dtype": "uint8"},
+    "two bytes": TWO_BYTES,
 }
 ONE_BYTE = {"m_dtype": "int8", "shared_axes": -1}
 EVERY_STORAGE = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)

@@ -220,7 +220,9 @@ PAIRS = sequences.pairs(optax.adam, adam) | {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", long_but(["alone", "a schedule", "adamw", "adamaxw"], PAIRS)
+)
 def test_optax_continued_here_is_optax_uninterrupted(name):
     theirs, ours = PAIRS[name]
     params, state = train(theirs, PARAMS, theirs.init(PARAMS), BEFORE)

@@ -111,8 +111,13 @@ def test_tools(name):
         convert_state(state, m_dtype=m_dtype, u_dtype=u_dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("residual_dtype", ["int16", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype"),
+    long_but(
+        [("bfloat16", "int16"), ("float16", "int8")],
+        itertools.product(["bfloat16", "float16"], ["int16", "int8"]),
+    ),
+)
 def test_weights_in_full(dtype, residual_dtype):
     params = {"w": jnp.ones(3, dtype)}
     state = steps(master_weights(adamax(1e-3), residual_dtype), params)

@@ -41,7 +41,7 @@ def run_demo(folder, *arguments):
     return numbers, output.getvalue(), progress.getvalue()
 
 
-EPOCHS, SEED, RATE = 12, 3, 0.0123
+EPOCHS, SEED, RATE = 8, 3, 0.0123
 TRAINING = ["--epochs", str(EPOCHS), "--seed", str(SEED)]
 TRAINING += ["--learning-rate", f"adamax={RATE}", "--optimizers"]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sequences import EVERY_STORAGE, STORAGES
+from sequences import EVERY_STORAGE, STORAGES, TWO_BYTES, long_but
 from versions import AS_USERS_DO
 
 from adamax_jax import (
@@ -179,7 +179,7 @@ def test_ratios_that_were_cut_off_are_saturated():
     assert float(jax.jit(figures)(0.9)) == 0.5
 
 
-@EVERY_STORAGE
+@pytest.mark.parametrize("storage", long_but([TWO_BYTES], STORAGES.values()))
 def test_compiled_and_in_a_loop_it_says_the_same(storage):
     params = {"a": jnp.ones([4, 3]), "b": (jnp.ones(5), None)}
     optimizer = optax.chain(optax.clip(1.0), adamax(**storage))

@@ -22,8 +22,8 @@ from adamax_jax import convert_state, moments, scale_by_adamax
 
 STEPS = 4
 # Each case is compiled anew, most of them in one way, and some in several.
-MANY = settings(max_examples=settings().max_examples // 2)
-FEW = settings(max_examples=settings().max_examples // 4)
+MANY = settings(max_examples=settings().max_examples // 3)
+FEW = settings(max_examples=settings().max_examples // 6)
 
 
 class Pair(NamedTuple):

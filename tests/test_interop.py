@@ -44,7 +44,9 @@ PAIRS = pairs(optax.adamax, adamax)
 PAIRS |= {"adamaxw": (optax.adamaxw(0.1), adamaxw(0.1))}
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", long_but(["alone", "a schedule", "adamw", "adamaxw"], PAIRS)
+)
 def test_optax_continued_here_is_optax_uninterrupted(name):
     """The state to the last bit, and with the containers that init makes."""
     theirs, ours = PAIRS[name]

@@ -1,6 +1,7 @@
 """Parameters in half precision that train as float32 ones."""
 
 import functools
+import itertools
 import pickle
 
 import chex
@@ -13,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from sequences import STORAGES
+from sequences import STORAGES, long_but
 from test_facts import distance_to_the_minimum
 from versions import as_users_compile, installed, needs_new_xla
 
@@ -597,8 +598,13 @@ class TestUse:
         ):
             optimizer.update(g, state, wider)
 
-    @EVERY_RESIDUAL
-    @pytest.mark.parametrize("storage", STORAGES)
+    @pytest.mark.parametrize(
+        ("storage", "residual_dtype"),
+        long_but(
+            [("own", "int16"), ("two bytes", "int8")],
+            itertools.product(STORAGES, ["int16", "int8"]),
+        ),
+    )
     def test_the_tools_for_states_look_inside(self, storage, residual_dtype):
         params = narrow_params()
         optimizer = master_weights(adamax(1e-3, **STORAGES[storage]), residual_dtype)
@@ -740,7 +746,7 @@ class TestUse:
         expected = 2 * 0.8**6 * in_float32(params)
         np.testing.assert_allclose(in_float32(by_params), expected, rtol=0.02)
 
-    @pytest.mark.parametrize("fraction", [1 / 120, 1 / 30, 1 / 4])
+    @pytest.mark.parametrize("fraction", long_but([1 / 30], [1 / 120, 1 / 30, 1 / 4]))
     def test_one_byte_moves_at_the_right_speed_with_adamax(self, fraction):
         """1000 parameters in [1, 2) and below 0, steps of a fraction of their unit."""
         unit = 2.0**-15

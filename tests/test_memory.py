@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sequences import EVERY_STORAGE
+from sequences import EVERY_STORAGE, STORAGES, TWO_BYTES, long_but
 
 from adamax_jax import (
     adamax,
@@ -74,7 +74,7 @@ def delete(tree):
 TOOLS = pytest.mark.parametrize("name", some_tools())
 
 
-@EVERY_STORAGE
+@pytest.mark.parametrize("storage", long_but([TWO_BYTES], STORAGES.values()))
 @TOOLS
 def test_arguments_may_be_donated(name, storage):
     tool, arguments = some_tools(**storage)[name]

@@ -102,7 +102,7 @@ def next_updates(optimizer, state, params):
     return updates, state
 
 
-@in_storages("two bytes", "shared")
+@in_storages("two bytes")
 def test_a_layer_is_added(storage):
     names, before = after("A layer is added", storage)
     same(names["state"], before, ["embedding", "backbone", "head"])

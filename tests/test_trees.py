@@ -113,9 +113,7 @@ def test_arrays_alone_are_put_into_containers(name):
 KINDS = [(name, axes) for name in STORAGES for axes in (None, -1)]
 
 
-@pytest.mark.parametrize(
-    ("name", "shared_axes"), long_but([("own", None), ("two bytes", -1)], KINDS)
-)
+@pytest.mark.parametrize(("name", "shared_axes"), long_but([("two bytes", -1)], KINDS))
 def test_states_of_such_containers_are_read_converted_and_inserted(name, shared_axes):
     params = model()
     optimizer = adamaxw(**STORAGES[name], shared_axes=shared_axes)
