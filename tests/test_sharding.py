@@ -356,7 +356,7 @@ CHECKS = eight_devices.named(
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_eight_devices(check):
-    assert eight_devices.problem(__file__, check) is None
+    assert eight_devices.problem(__file__, check, as_users_compile=True) is None
 
 
 if __name__ == "__main__":
