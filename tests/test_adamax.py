@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from sequences import EVERY_STORAGE, STORAGES, gradients, long_but
+from sequences import EVERY_STORAGE, STORAGES, TWO_BYTES, gradients, long_but
 
 import adamax_jax
 from adamax_jax import (
@@ -241,7 +241,7 @@ def test_jitted_equals_unjitted(storage):
     chex.assert_trees_all_equal(jitted, plain)
 
 
-@EVERY_STORAGE
+@pytest.mark.parametrize("storage", long_but([TWO_BYTES], STORAGES.values()))
 def test_vmap_over_a_population(storage):
     """Each member trains as if alone, each at its own decay rates."""
     g = jnp.asarray(gradients(steps=8, size=6), jnp.float32).reshape(4, 2, 6)

@@ -146,7 +146,7 @@ DRIFT = {
 }
 
 
-@pytest.mark.parametrize("name", long_but(["int8, uint8"], DRIFT))
+@pytest.mark.parametrize("name", long_but([], DRIFT))
 def test_a_million_steps(name, x64):
     """Beside the paper's three lines in float64, in the same loop."""
     b1, b2, eps, size = 0.9, 0.999, 1e-8, 16
@@ -285,7 +285,7 @@ def test_parameters_of_four_bits(dtypes):
     np.testing.assert_array_equal(step.astype(jnp.float32), -0.5)
 
 
-@pytest.mark.parametrize("shared_axes", long_but([-1], [None, -1]))
+@pytest.mark.parametrize("shared_axes", long_but([], [None, -1]))
 def test_many_leaves(shared_axes):
     params = {f"w{i:04}": np.full([1, 2], i % 7 - 3, np.float32) for i in range(5000)}
     optimizer = scale_by_adamax(m_dtype="int8", shared_axes=shared_axes)

@@ -69,7 +69,7 @@ def test_from_here_on_in_optax(name):
     chex.assert_trees_all_equal(from_optax(state), end)
 
 
-@pytest.mark.parametrize("name", STORAGES)
+@pytest.mark.parametrize("name", long_but(["two bytes"], STORAGES))
 def test_there_and_back_the_numbers_are_the_same(name):
     storage = STORAGES[name]
     optimizer = adamax(**storage)

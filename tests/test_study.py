@@ -30,13 +30,11 @@ def lenient():
         yield
 
 
-# The convolutions and the attention take longest to compile.
+# Compiling the others takes longer.
 SOME_LONG = pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long)
-        if name in ("vae", "transformer")
-        else name
+        pytest.param(name, marks=pytest.mark.long) if name != "perceptron" else name
         for name in TASKS
     ],
 )

@@ -163,7 +163,7 @@ def test_one_optimizer_becomes_several_and_one_again(storage):
     next_updates(names["optimizer"], names["joined"], names["params"])
 
 
-@in_storages("two bytes")
+@in_storages()
 def test_the_states_of_several_workers_become_one(storage):
     names, _ = after("The states of several workers become one", storage)
     (m1, u1), (m2, u2) = (moments(state) for state in names["states"])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sequences import STORAGES, gradients
+from sequences import STORAGES, gradients, long
 from versions import needs_new_optax
 
 from adamax_jax import ScaleByAdamaxState, adamax, adamaxw, scale_by_adamax
@@ -328,9 +328,9 @@ def inject_stateful_hyperparams(*args, **kwargs):
 @pytest.mark.parametrize(
     ("inject", "dtype"),
     [
-        (optax.inject_hyperparams, jnp.float32),
+        long((optax.inject_hyperparams, jnp.float32)),
         (optax.inject_hyperparams, jnp.bfloat16),
-        (inject_stateful_hyperparams, jnp.bfloat16),
+        long((inject_stateful_hyperparams, jnp.bfloat16)),
     ],
 )
 def test_injected_schedules_are_an_optimizer_for_each_step(inject, dtype):
