@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from sequences import EVERY_STORAGE, STORAGES, TWO_BYTES, long_but
-from versions import AS_USERS_DO
+from versions import AS_USERS_DO, as_users_compile
 
 from adamax_jax import (
     Diagnosis,
@@ -184,7 +184,7 @@ def test_compiled_and_in_a_loop_it_says_the_same(storage):
     params = {"a": jnp.ones([4, 3]), "b": (jnp.ones(5), None)}
     optimizer = optax.chain(optax.clip(1.0), adamax(**storage))
     _, state = optimizer.update(params, optimizer.init(params), params)
-    plain, compiled = diagnose(state), jax.jit(diagnose)(state)
+    plain, compiled = diagnose(state), as_users_compile(diagnose)(state)
     assert jax.tree.structure(plain) == jax.tree.structure(compiled)
     for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(compiled), strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype == jnp.float32
