@@ -53,7 +53,7 @@ def count(event, seconds, **_):
 @pytest.fixture(autouse=True)
 def memory(request):
     yield
-    if len(compiled) > 600:
+    if len(compiled) > 500:
         jax.clear_caches()
         compiled.clear()
 
