@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run, or many others; no deadline, as a first call compiles.
 profile = hypothesis.settings.register_profile
 profile("suite", deadline=None, derandomize=True, max_examples=20)
-profile("fuzz", deadline=None, max_examples=1000, print_blob=True)
+profile("fuzz", deadline=None, max_examples=3000, print_blob=True)
 hypothesis.settings.load_profile("suite")
 
 
