@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import os
 
 import jax
@@ -9,14 +10,15 @@ import optax
 import pytest
 
 # Half of a run would be LLVM's and MLIR's work. Before JAX 0.11, XLA on the CPU has an
-# older way to kernels, which takes half as long.
+# older way to kernels, which takes half as long; libtpu reads the same flags and ends
+# the process at this one.
 own = ["--xla_cpu_parallel_codegen_split_count=1"]
 # The compiler's options, where a claim is about what it makes of a program.
 AS_USERS_DO = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
 }
-if jax.__version_info__ < (0, 11):
+if jax.__version_info__ < (0, 11) and not importlib.util.find_spec("libtpu"):
     own.append("--xla_cpu_use_fusion_emitters=false")
     AS_USERS_DO["xla_cpu_use_fusion_emitters"] = True
 others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in own]
