@@ -1,5 +1,6 @@
 """``max_growth``: u grows by at most a factor in one step."""
 
+import functools
 import itertools
 
 import jax
@@ -401,3 +402,52 @@ def test_dead_units_are_seen_as_before():
     for _ in range(3):
         _, state = optimizer.update(jnp.array([0.0, 1, 2, 3]), state)
     assert float(diagnose(state).total["unseen"]) == 0.25
+
+
+# Noise of mean 0 and deviation 1: where theta settles, by the factor, and the fraction
+# of the gradients that is cut off, of which the docstring tells.
+SKEWED = {
+    "exponential": (lambda x: -1 - np.log(x), {1.1: 0.10, 2: 0.03, None: 0.025}),
+    "events": (
+        lambda x: ((x < 0.05) - 0.05) / (0.05 * 0.95) ** 0.5,
+        {1.1: 0.23, 2: 0.03, None: 0.03},
+    ),
+}
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("noise", SKEWED)
+def test_the_mean_of_cut_off_gradients_is_biased_where_they_are_skewed(noise):
+    """Loss: half the mean of (theta + noise)^2, least at 0; events in 5 % of steps."""
+    make, expected = SKEWED[noise]
+    drawn = 1 - np.random.default_rng(0).random((4000, 128))
+    noises = jnp.asarray(make(drawn), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def settled(optimizer):
+        def step(carry, now):
+            theta, state = carry
+            update, state = optimizer.update(theta + now, state)
+            return (theta + update, state), theta
+
+        start = jnp.zeros(128), optimizer.init(jnp.zeros(128))
+        return jnp.mean(lax.scan(step, start, noises)[1][2000:])
+
+    for k, bias in expected.items():
+        found = float(settled(adamax(1e-3, b2=0.99, max_growth=k)))
+        assert found == pytest.approx(bias, abs=0.01), k
+    assert abs(settled(optax.adam(1e-3))) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("degrees", "k", "fraction"),
+    [(1e6, 1.1, 0.079), (1e6, 2.0, 0.0004), (0.3, 1.1, 0.0955), (0.3, 2.0, 0.0135)],
+)
+def test_which_fraction_of_the_gradients_is_cut_off(degrees, k, fraction):
+    """At most s, where s ln k = -(1 - s) ln b2; Student's t, normal or heavy-tailed."""
+    g = np.random.default_rng(0).standard_t(degrees, (2000, 500)).astype(np.float32)
+    _, state = trajectory(scale_by_adamax(b2=0.99, max_growth=k), jnp.asarray(g))
+    found = (np.abs(g[500:]) > 1.00001 * np.asarray(state.u)[500:]).mean()
+    assert found == pytest.approx(fraction, rel=0.03, abs=1e-4)
+    s = np.log(0.99) / (np.log(0.99) - np.log(k))
+    assert found < 1.02 * s
