@@ -7,10 +7,10 @@ rates of the tasks, which were chosen on float32; optax.adamax differs from AdaM
 rounding alone, and tells how far that goes.
 
 With --rates search each method is trained at its own best learning rate: for every task
-and method, rates a factor of 2 apart are tried with seed 0 until the best lies
-between two others; then the others are trained at the best. With --rates curve all are
-trained at eight rates, from a sixteenth of the task's to eight times it. Seed 0, which
-chose the rate, is in no mean and no difference then.
+and method, rates a factor of 2 apart are tried with seeds 0 and 1 until the best lies
+between two others; then other seeds are trained at the best. With --rates curve all are
+trained at eight rates, from a sixteenth of the task's to eight times it. Seeds 0 and 1,
+which chose the rate, are in no mean and no difference then.
 
 "--methods memory" asks how long AdaMax should remember. Of each task and each method
 this is reported, whichever way it falls: the difference to Adam at b2 = 0.999, to the
@@ -35,7 +35,6 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -55,13 +54,17 @@ from adamax_jax._lab.contenders import (
     TWO_BYTES,
     with_float32_copy,
 )
-from adamax_jax._lab.tasks import ALL_TASKS, TASKS
+from adamax_jax._lab.tasks import FURTHER, TASKS
 from adamax_jax._lab.train import InHalf, Method, Run, Trainer
+from adamax_jax._lab.varied import VARIED
 
+ALL_TASKS = TASKS | FURTHER | VARIED
 # The methods that others are compared to, where they are trained.
 REFERENCES = ("Adam", "AdaMax", "bfloat16, master weights")
 # The Adam whose mean over seeds is best, where several b2 were trained.
 BEST_ADAM = "Adam at its best b2"
+# The seeds that choose a learning rate, and are not counted.
+SEARCH = (0, 1)
 # A search that goes further than this finds no best.
 MOST_RATES = 12
 # The learning rates of a curve, as powers of 2 beside the task's.
@@ -77,7 +80,7 @@ def _all(path, leaf):
 
 
 def _of_embeddings(axis):
-    """The axis of embedding tables alone; only the transformers have some."""
+    """The axis of embedding tables alone."""
     return lambda path, leaf: axis if "embed" in jax.tree_util.keystr(path) else None
 
 
@@ -87,7 +90,7 @@ Methods = dict[str, Method]
 # The parameters are float32 in all methods but those of HALF, and so is the state where
 # nothing is said.
 ADAM: Methods = {
-    "Adam": optax.adam,
+    "Adam": functools.partial(optax.adam, b2=0.999),
     **{f"Adam, b2 = {b2}": functools.partial(optax.adam, b2=b2) for b2 in MEMORIES},
 }
 ADAM_BYTES: Methods = {
@@ -137,55 +140,19 @@ HALF: Methods = {
         (", two bytes", functools.partial(adamax, **TWO_BYTES)),
     )
 }
-MEMORY: Methods = {
-    f"AdaMax, b2 = {b2}": functools.partial(adamax, b2=b2) for b2 in MEMORIES
+# How long AdaMax remembers, and by which factor u may grow in a step: the grid from
+# which a setting is recommended.
+GRID: Methods = {
+    f"AdaMax, b2 = {b2}" + (f", growth {k}" if k else ""): functools.partial(
+        adamax, b2=b2, **({"max_growth": float(k)} if k else {})
+    )
+    for b2 in (0.98, 0.99, 0.995, 0.999)
+    for k in (None, 1.1, 1.5, 2, 4)
 }
-
-
-def _rising(c):
-    """b2 = 1 - c / (20 c + t): 0.95 at first, and then a memory of t / c steps."""
-
-    def method(rate):
-        def b2(t):
-            return jnp.minimum(1 - c / (c / 0.05 + t), 0.999)
-
-        return optax.inject_hyperparams(adamax)(rate, b2=b2)
-
-    return method
-
-
-RISING: Methods = {f"AdaMax, b2 rising with c = {c}": _rising(c) for c in (1, 3, 10)}
-GROWTH: Methods = {
-    f"AdaMax, b2 = {b2}, growth {k}": functools.partial(adamax, b2=b2, max_growth=k)
-    for b2 in (0.98, 0.99)
-    for k in (1.05, 1.1, 1.5, 2)
-}
-# Two bounded growths in few bytes.
-NARROW: Methods = {
-    f"AdaMax, b2 = {b2}, growth 1.1, {name}": functools.partial(
-        adamax, b2=b2, max_growth=1.1, m_dtype="int8", **storage
-    )
-    for b2 in (0.98, 0.99)
-    for name, storage in (
-        ("two bytes", {"u_dtype": "uint8"}),
-        ("one byte", {"shared_axes": -1}),
-    )
-}
-# Without anything new: gradients clipped by others.
-CLIPPED: Methods = {
-    f"{name}, {how}": lambda rate, clip=clip, make=make: optax.chain(clip, make(rate))
-    for name, make in (
-        ("AdaMax, b2 = 0.98", functools.partial(adamax, b2=0.98)),
-        (
-            "AdaMax, b2 = 0.99, growth 1.1",
-            functools.partial(adamax, b2=0.99, max_growth=1.1),
-        ),
-        ("Adam", optax.adam),
-    )
-    for how, clip in (
-        ("norm at most 1", optax.clip_by_global_norm(1.0)),
-        ("adaptive clipping at 0.01", optax.adaptive_grad_clip(0.01)),
-    )
+# One u for each row of an embedding.
+PER_ROW: Methods = {
+    f"{name}, u per symbol": functools.partial(method, shared_axes=_of_embeddings(-1))
+    for name, method in GRID.items()
 }
 # Names that stand for several methods.
 GROUPS: dict[str, Methods] = {
@@ -195,8 +162,8 @@ GROUPS: dict[str, Methods] = {
     "half precision": HALF,
     "Adam at several b2": ADAM,
     "Adam in few bytes": {"Adam": optax.adam} | ADAM_BYTES,
-    "memory": ADAM | {"AdaMax": adamax} | MEMORY | RISING | GROWTH | CLIPPED,
-    "memory, narrow": NARROW,
+    "memory": ADAM | GRID,
+    "memory, u per symbol": PER_ROW,
 }
 METHODS: Methods = {
     n: method for group in GROUPS.values() for n, method in group.items()
@@ -215,35 +182,55 @@ def study(
         task = ALL_TASKS[name]
         problem = task.make()
         exponent = 0
+        trainers: dict[Any, Trainer] = {}
         for method in methods:
-            trainer = Trainer(problem, task, METHODS[method], steps or task.steps)
+            kind, numbers = split(METHODS[method])
+            if kind not in trainers:
+                make = functools.partial(kind[0], **dict(kind[1]))
+                trainers[kind] = Trainer(problem, task, make, steps or task.steps)
 
-            def train(exponent, seed, name=name, method=method, trainer=trainer):
+            def train(
+                exponent,
+                seed,
+                name=name,
+                method=method,
+                trainer=trainers[kind],
+                numbers=numbers,
+            ):
                 rate = ALL_TASKS[name].learning_rate * 2.0**exponent
-                return trainer.run(name, method, rate, seed)
+                return trainer.run(name, method, rate, seed, **numbers)
 
             if rates == "curve":
                 for power in CURVE:
-                    for seed in range(1 + seeds):
+                    for seed in range(len(SEARCH) + seeds):
                         yield train(power, seed)
                 continue
             if rates == "search":
                 # It begins where that of the method before ended.
                 exponent = yield from _search(train, exponent)
-                for seed in range(1, 1 + seeds):
+                for seed in range(len(SEARCH), len(SEARCH) + seeds):
                     yield train(exponent, seed)
                 continue
             for seed in range(seeds):
                 yield train(exponent, seed)
 
 
+def split(method: Method) -> tuple[Any, dict[str, float]]:
+    """What is compiled once, and the numbers of it that are traced."""
+    if not isinstance(method, functools.partial):
+        return (method, ()), {}
+    numbers = {k: v for k, v in method.keywords.items() if isinstance(v, float)}
+    others = {k: v for k, v in method.keywords.items() if k not in numbers}
+    return (method.func, tuple(sorted(others.items()))), numbers
+
+
 def _search(train, exponent):
-    """Yields runs of seed 0 at several learning rates; returns the best's power."""
+    """Yields runs of SEARCH at several learning rates; returns the best's power."""
     costs: dict[int, float] = {}
     while (exponent := next_exponent(costs, exponent)) not in costs:
-        run = train(exponent, seed=0)
-        costs[exponent] = cost(run)
-        yield run
+        runs = [train(exponent, seed) for seed in SEARCH]
+        costs[exponent] = mean_cost(runs)
+        yield from runs
     return exponent
 
 
@@ -269,6 +256,11 @@ def cost(run: Run) -> float:
     # The training loss may end finite, but above where it began.
     has_learned = np.mean(losses[-math.ceil(len(losses) / 10) :]) <= losses[0]
     return metric if math.isfinite(metric) and has_learned else math.inf
+
+
+def mean_cost(runs: Iterable[Run]) -> float:
+    """Of the seeds that choose a learning rate."""
+    return float(np.mean([cost(run) for run in runs]))
 
 
 @dataclass
@@ -301,7 +293,7 @@ class Row:
     method: str
     bytes_per_parameter: float
     learning_rate: float
-    # The metric of seed 0 for each learning rate that was tried.
+    # The metric, a mean of SEARCH, for each learning rate that was tried.
     search: dict[float, float]
     seeds: int
     value: Estimate
@@ -324,7 +316,8 @@ def summarize(runs: Iterable[Run]) -> list[Row]:
 
 
 def _row(task, metric, i, method, methods):
-    runs = _at_best(methods[method])
+    all_runs = methods[method]
+    runs = _at_best(all_runs)
     differences = {}
     for name, reference in _references(methods).items():
         if reference == method:
@@ -341,13 +334,10 @@ def _row(task, metric, i, method, methods):
         method=method,
         bytes_per_parameter=runs[0].state_bytes / runs[0].parameters,
         learning_rate=runs[0].learning_rate,
-        search=dict(
-            sorted(
-                (run.learning_rate, run.metrics[i])
-                for run in methods[method]
-                if run.seed == 0
-            )
-        ),
+        search={
+            rate: float(np.mean([r.metrics[i] for r in _searched(all_runs, rate)]))
+            for rate in sorted({run.learning_rate for run in all_runs})
+        },
         seeds=len(runs),
         value=estimate([run.metrics[i] for run in runs]),
         differences=differences,
@@ -367,14 +357,19 @@ def _references(methods):
 
 
 def _at_best(runs):
-    """The runs at the best learning rate, by seed, but for the one that chose it."""
-    first = [run for run in runs if run.seed == 0]
+    """The runs at the best learning rate, by seed, but for those that chose it."""
+    rates = sorted({run.learning_rate for run in runs})
     # Where nothing was learned at any, the search ended at the lowest.
-    best = min(first, key=lambda run: (cost(run), run.learning_rate))
-    at_best = [run for run in runs if run.learning_rate == best.learning_rate]
-    if len(first) > 1:
-        at_best = [run for run in at_best if run.seed > 0] or at_best
+    best = min(rates, key=lambda rate: mean_cost(_searched(runs, rate)))
+    at_best = [run for run in runs if run.learning_rate == best]
+    if len(rates) > 1:
+        at_best = [run for run in at_best if run.seed not in SEARCH] or at_best
     return sorted(at_best, key=lambda run: run.seed)
+
+
+def _searched(runs, rate):
+    """The runs at a learning rate whose seeds choose among several."""
+    return [run for run in runs if run.learning_rate == rate and run.seed in SEARCH]
 
 
 def digits_to_show(values: Iterable[Estimate]) -> int:
@@ -454,8 +449,8 @@ def _add_options(parser):
         type=positive_int,
         default=5,
         metavar="N",
-        help="how many, from 0 on, or from 1 on where seed 0 chooses the learning rate "
-        "(default: %(default)s)",
+        help="how many, from 0 on, or from 2 on where 0 and 1 choose the learning "
+        "rate (default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
@@ -488,7 +483,7 @@ def _methods(options):
 
 def _total(options):
     """How many trainings there will be; a search does not know."""
-    seeds = {"task": options.seeds, "curve": len(CURVE) * (1 + options.seeds)}
+    seeds = {"task": options.seeds, "curve": len(CURVE) * (len(SEARCH) + options.seeds)}
     trainings = len(set(options.tasks)) * len(_methods(options))
     return None if options.rates == "search" else trainings * seeds[options.rates]
 
@@ -545,10 +540,10 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     settings = _settings(runs, options)
     rates = {
         "task": "Learning rates are the tasks', chosen for AdaMax",
-        "search": "Learning rates are the best of those a factor of 2 apart, by seed "
-        "0, which is not counted",
-        "curve": "Learning rates are the best of eight, by seed 0, which is not "
-        "counted",
+        "search": "Learning rates are the best of those a factor of 2 apart, by seeds "
+        "0 and 1, which are not counted",
+        "curve": "Learning rates are the best of eight, by seeds 0 and 1, which are "
+        "not counted",
     }[options.rates]
     trained = ", ".join(
         f"{name} {task['steps']} ({task['schedule']}"

@@ -54,6 +54,8 @@ class Task(NamedTuple):
     batch: int
     # The steps in which the learning rate rises from 0, as a share of all.
     warm_up: float = 0.0
+    # Decoupled: of each matrix this share of the task's learning rate is taken off.
+    weight_decay: float = 0.0
 
     def schedule(self, learning_rate: Any, steps: int) -> Any:
         """The learning rate during a training of so many steps that begins with one."""
@@ -76,7 +78,7 @@ class _Digits(NamedTuple):
     test_labels: np.ndarray
 
 
-def _digits() -> _Digits:
+def digits() -> _Digits:
     """scikit-learn's digits; a fifth of each kind, always the same, is for the test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -130,7 +132,7 @@ def _perceptron() -> Problem:
                     x = jnp.where(jax.random.bernoulli(now, 0.5, x.shape), 2 * x, 0)
             return self.output(x)
 
-    data = _digits()
+    data = digits()
     init, model = _functional(MLP)
 
     def cross_entropy(params, images, labels, key=None):
@@ -187,7 +189,7 @@ def _vae() -> Problem:
             logits = self.up1(nnx.relu(self.up2(x.reshape(-1, 2, 2, 32))))
             return logits, mean, log_variance
 
-    data = _digits()
+    data = digits()
     train, test = (
         x.reshape(-1, 8, 8, 1) for x in (data.train_images, data.test_images)
     )
@@ -319,7 +321,7 @@ def _transformer(width: int = 64) -> Problem:
                 x = layer(x)
             return self.output(self.norm(x).astype(x.dtype))
 
-    text, symbols = _text()
+    text, symbols = text_as_numbers()
     windows = np.lib.stride_tricks.sliding_window_view(text, CONTEXT + 1)
     held_out = len(text) // 10
     train = jnp.asarray(windows[: -held_out - CONTEXT : CONTEXT // 4])
@@ -363,11 +365,12 @@ def _factorization() -> Problem:
 
     def init(key):
         users, items = 0.3 * jax.random.normal(key, (2, rows, rank))
-        return {"users": users, "items": items}
+        return {"user_embedding": users, "item_embedding": items}
 
     def squared_error(params, pairs, ratings):
-        found = params["users"][pairs[:, 0]] * params["items"][pairs[:, 1]]
-        return jnp.mean((found.sum(1) - ratings) ** 2)
+        users = params["user_embedding"][pairs[:, 0]]
+        items = params["item_embedding"][pairs[:, 1]]
+        return jnp.mean((jnp.sum(users * items, 1) - ratings) ** 2)
 
     def measure(params):
         return (jnp.sqrt(squared_error(params, pairs[train:], ratings[train:])),)
@@ -380,10 +383,15 @@ def _factorization() -> Problem:
     )
 
 
-def _text() -> tuple[np.ndarray, int]:
-    """Python's own library as numbers, and how many symbols there are."""
-    library = Path(sysconfig.get_path("stdlib"))
-    text = "".join((library / name).read_text(encoding="utf-8") for name in TEXT)
+def library() -> list[str]:
+    """Some files of Python's own library."""
+    where = Path(sysconfig.get_path("stdlib"))
+    return [(where / name).read_text(encoding="utf-8") for name in TEXT]
+
+
+def text_as_numbers() -> tuple[np.ndarray, int]:
+    """The library's characters as numbers, and how many symbols there are."""
+    text = "".join(library())
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     _, where, counts = np.unique(codes, return_inverse=True, return_counts=True)
     # Symbol 0 stands for all rare characters together.

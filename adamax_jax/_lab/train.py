@@ -72,45 +72,67 @@ class Trainer:
             self._dtype, jax.tree.map(jnp.asarray, problem.examples)
         )
         self._batches = steps, task.batch
-        self._make_optimizer = lambda rate: method(task.schedule(rate, steps))
+        self._task, self._method = task, method
         self._scan = jax.jit(self._steps)
-        params = jax.eval_shape(self._init, jax.random.key(0))
-        state = jax.eval_shape(self._make_optimizer(task.learning_rate).init, params)
-        self._parameters = sum(x.size for x in jax.tree.leaves(params))
-        self._state_bytes = sum(
-            x.size * x.dtype.itemsize for x in jax.tree.leaves(state)
-        )
 
     def run(
-        self, task_name: str, method_name: str, learning_rate: float, seed: int
+        self,
+        task_name: str,
+        method_name: str,
+        learning_rate: float,
+        seed: int,
+        **numbers: float,
     ) -> Run:
-        """A training and its metrics, under the names of the task and the method."""
+        """A training and its metrics, under the names of the task and the method.
+
+        The numbers are those of the method that are traced, such as ``b2``.
+        """
         start = time.perf_counter()
-        params, losses = self.train(learning_rate, seed)
+        init_key, _ = jax.random.split(jax.random.key(seed))
+        first = self._init(init_key)
+        state = jax.eval_shape(self._optimizer(learning_rate, numbers).init, first)
+        params, losses = self.train(learning_rate, seed, **numbers)
         return Run(
             task=task_name,
             method=method_name,
             learning_rate=learning_rate,
             seed=seed,
             metrics=[float(x) for x in self._measure(params)],
-            state_bytes=self._state_bytes,
-            parameters=self._parameters,
+            state_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
+            parameters=sum(x.size for x in jax.tree.leaves(first)),
             seconds=time.perf_counter() - start,
             losses=np.asarray(losses),
         )
 
-    def train(self, learning_rate: float, seed: int) -> tuple[Any, jax.Array]:
+    def train(
+        self, learning_rate: float, seed: int, **numbers: float
+    ) -> tuple[Any, jax.Array]:
         """The trained parameters and the loss of each step."""
         init_key, noise_key = jax.random.split(jax.random.key(seed))
         order = order_of(len(jax.tree.leaves(self._examples)[0]), *self._batches, seed)
         params = self._init(init_key)
-        return self._scan(params, self._examples, order, noise_key, learning_rate)
+        return self._scan(
+            params, self._examples, order, noise_key, learning_rate, numbers
+        )
+
+    def _optimizer(self, learning_rate, numbers):
+        task, steps = self._task, self._batches[0]
+        optimizer = self._method(task.schedule(learning_rate, steps), **numbers)
+        if not task.weight_decay:
+            return optimizer
+        # The same of all methods, whatever their learning rates.
+        rate = task.schedule(task.learning_rate, steps)
+        decay = optax.add_decayed_weights(
+            lambda t: -task.weight_decay * (rate(t) if callable(rate) else rate),
+            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        )
+        return optax.chain(optimizer, decay)
 
     def _init(self, key):
         return _floats_as(self._dtype, self._problem.init(key))
 
-    def _steps(self, params, examples, order, key, learning_rate):
-        optimizer = self._make_optimizer(learning_rate)
+    def _steps(self, params, examples, order, key, learning_rate, numbers):
+        optimizer = self._optimizer(learning_rate, numbers)
 
         def step(carry, now):
             params, state = carry
