@@ -34,6 +34,8 @@ nb_render_markdown_format = "myst"
 autosummary_generate = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+# Blocks without a language: commands, tables, formulas.
+highlight_language = "text"
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 # The files hold the names that are used here, for builds without a network.
@@ -93,6 +95,8 @@ def warn_of_raw_tables(app, doctree):
 def mathml(formula, display):
     """MathML, which browsers render without a script."""
     formula = formula.replace("{aligned}", "{split}")
+    # As in Sphinx's own renderers, an empty line separates equations.
+    formula = r"\\".join(re.split(r"\n\s*\n", formula.strip()))
     if r"\\" in formula and r"\begin" not in formula:
         formula = rf"\begin{{split}}{formula}\end{{split}}"
     result = convert(formula, display=display)
