@@ -55,6 +55,15 @@ def test_flax_example():
         assert run(FLAX)["loss"] < 1e-4
 
 
+def test_quick_start():
+    """On the first page of the documentation."""
+    in_flax, in_a_loop = examples(page("index"), "Quick start")
+    with jax.numpy_rank_promotion("allow"):
+        assert run(in_flax)["loss"] < 1e-4
+    kernel = run(in_a_loop)["params"]["kernel"]
+    assert kernel.ravel() == pytest.approx(1 - 1e-3 * (1 + 1e-4), abs=2e-4)
+
+
 def test_flax_example_has_twelve_lines():
     assert len([line for line in FLAX.splitlines() if line]) == 12
 
