@@ -29,12 +29,12 @@ _STALE = 1e-3
 )
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """Figures of an optimizer's state; printed, a table.
+    """Figures of an optimizer's state. Printed, it is a table.
 
     Attributes:
       total: The figures over all parameters: a dictionary of float32 scalars.
-      table: The same for each parameter: a dictionary of float32 arrays [parameters].
-        One array of them compiles in a fraction of the time that as many scalars take.
+      table: The figures of each parameter: a dictionary of float32 arrays [parameters],
+        which compile in a fraction of the time of as many scalars.
       names: The paths of the parameters in the tree, in the order of ``table``.
     """
 
@@ -44,20 +44,22 @@ class Diagnosis:
 
     @property
     def leaves(self) -> dict[str, dict[str, jax.Array]]:
-        """The figures of each parameter, as ``total``, under its path."""
+        """A dictionary from the path of each parameter to its figures."""
         return {
             name: {figure: column[..., i] for figure, column in self.table.items()}
             for i, name in enumerate(self.names)
         }
 
     def worst(self, limit: int = 40) -> "Diagnosis":
-        """Some of the parameters, those first that need a look first.
+        """The worst parameters: those with NaN, then those with the largest fractions.
 
-        In the order of the largest of ``unseen``, ``stale`` and ``saturated``; NaN
-        comes before all.
+        Fractions are ``unseen``, ``stale`` and ``saturated``.
 
         Args:
-          limit: How many of them, at most.
+          limit: The max number of parameters.
+
+        Returns:
+          A :class:`Diagnosis` with the same ``total``.
 
         Raises:
           ValueError: If ``limit`` is negative.
@@ -75,7 +77,7 @@ class Diagnosis:
         )
 
     def plot(self) -> Any:
-        """A bar for each share and each of the worst 40 parameters.
+        """Plots ``rms`` and the three fractions of the worst 40 parameters as bars.
 
         Returns:
           A ``matplotlib.figure.Figure``, which notebooks show.
@@ -112,10 +114,14 @@ class Diagnosis:
         return self.to_string()
 
     def to_string(self, limit: int | None = 40) -> str:
-        """The table, with the :meth:`worst` parameters alone where there are many.
+        """The table as text.
 
         Args:
-          limit: How many of them, at most; None for all, in the order of the tree.
+          limit: The max number of parameters: if there are more, the :meth:`worst` are
+            shown. None for all, in the order of the tree.
+
+        Returns:
+          A string of one line for each parameter, without a trailing newline.
         """
         if limit is None or len(self.names) <= limit or self._is_abstract():
             return self._printed()
@@ -174,62 +180,54 @@ def diagnose(
     For each parameter, and for all of them together:
 
     ``rms``, ``max``
-      Root mean square and maximum of ``|m/u|``, which lies between 0 and 1.0091 (at
-      the default decay rates; 7.27 for :func:`adam`): the length of a step as a
-      fraction of the learning rate, but for the bias correction of the first steps. An
-      ``rms`` near 1 says that gradients keep their sign: the learning rate may be
-      larger. Gradients that are mere noise have about 0.1 (Adam: 0.23). If it is much
-      smaller, look at ``stale``.
+      Root mean square and maximum of ``|m/u|``: the length of a step as a fraction of
+      the learning rate, without the bias correction. At most 1.0091 at the default
+      decay rates (7.27 for :func:`adam`). Gradients that are noise give an ``rms`` of
+      about 0.1 (Adam: 0.23). If it is near 1, gradients keep their sign: try a larger
+      learning rate. If it is much smaller than 0.1, look at ``stale``.
     ``unseen``
-      The fraction of coordinates where m is 0 and u not above ``eps``: they never saw a
-      gradient, or not for so long that u has decayed to that. Dead units, parameters
-      that the loss does not depend on, rows of an embedding that never came up: mend or
-      freeze them. A gradient of exactly 0 cannot be told from one that underflowed: in
-      half precision, scale the loss.
+      The fraction of coordinates with m = 0 and u at most ``eps``, whose gradients have
+      always been 0, or for so long that u has decayed. Dead units, unused parameters,
+      rare rows of an embedding: repair or freeze them. In half precision gradients may
+      have underflowed: scale the loss.
     ``stale``
-      The fraction of the other coordinates with ``|m| < u/1000``: u remembers
-      gradients far above the recent ones, and the coordinate nearly stands still. A
-      spike k times the usual gradient is forgotten after
-      ``ln(k) / (1 - b2)`` steps, by Adam after twice as many. For AdaMax set
-      ``b2=0.99, max_growth=1.1``, with which a single spike holds nothing back. Under
-      noise alone it is about 0.01. Where it is 1, gradients have stopped altogether. A
-      spike raises it from one step to the next; where it creeps up while the loss goes
-      to zero, gradients have become small: the run has converged, or a smaller ``b2``
-      lets u follow them.
+      The fraction of the other coordinates with ``|m| < u/1000``, which hardly move: u
+      remembers gradients far above the recent ones. A spike of k times the usual
+      gradient is forgotten after ``ln(k) / (1 - b2)`` steps, by Adam after twice as
+      many; with ``max_growth`` it raises u by that factor at most. About 0.01 under
+      noise, and 1 if gradients have stopped (:doc:`diagnosing`).
     ``decades``
-      The decimal logarithm of the largest u over the smallest, without unseen
-      coordinates: how badly the problem is scaled, and what ``u_dtype`` must span.
-      uint8 spans 18 decades, all floats 76 or more.
+      log10 of the largest u over the smallest, without unseen coordinates: how badly
+      the problem is scaled. uint8 spans 18 decades, all floats 76 or more.
     ``saturated``
-      The fraction of coordinates whose stored m or u is at an end of the range of its
-      dtype (of u: its smallest number, or its largest, where gradients are cut off),
-      unseen ones aside. Should be 0: else take a wider ``u_dtype``, or scale the
+      The fraction of coordinates whose stored m or u is the min or max of its dtype,
+      without unseen ones. Should be 0: else take a wider ``u_dtype``, or scale the
       loss.
 
-    Where a u is shared along axes, it is that of the slice's largest gradients: a
-    coordinate far below them has a small ``rms`` and counts as ``stale``, and as unseen
-    only if all of its slice is.
-
-    NaN in m makes ``rms`` and ``max`` NaN, in u ``decades`` as well; a uint8 u has
-    none, but its largest number.
+    A u that is shared along axes is the largest of its slice. So a coordinate far below
+    it has a small ``rms`` and counts as stale, and as unseen only if the whole slice
+    is. NaN in m makes ``rms`` and ``max`` NaN, NaN in u ``decades`` too (a uint8 u has
+    its max instead).
 
     Args:
       state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
-        optimizer's state with some of them in it.
+        optimizer's state that contains one or more.
       eps: The optimizer's ``eps``; with another one ``unseen`` is wrong.
-      depth: Puts the parameters together whose paths begin with the same ``depth``
-        parts (a key, an index or an attribute is one); None for each on its own.
+      depth: Groups parameters whose paths have the same first ``depth`` parts (keys,
+        indices or attributes); None for no groups.
 
     Returns:
-      A :class:`Diagnosis`. Of more than 40 parameters it prints the worst. Its paths
-      are those of errors, of ``jax.tree_util.keystr``; where there are several
-      such states, as from ``optax.partition``, each begins with the
-      path to its own. In ``jax.jit`` it is a tree of arrays as any other; printed
-      outside, it is a table, of several steps or runs one of ranges.
+      A :class:`Diagnosis`, a pytree of float32 arrays in ``jax.jit``. Printed, it shows
+      the worst 40 parameters by their ``jax.tree_util.keystr``, preceded by the path of
+      the state if there are several, and ranges if figures are those of several steps
+      or runs.
 
     Raises:
-      ValueError: If there is no such state, it is that of an ensemble (``jax.vmap``
-        this function then), ``eps`` is negative or not finite, or ``depth`` is below 1.
+      ValueError: If there is no such state, one is that of an ensemble (apply this
+        function with ``jax.vmap`` then), ``eps`` is negative or not finite, or
+        ``depth`` is below 1.
+      TypeError: If ``eps`` is not a number or a scalar array of at least 32 bits, or m
+        or u has a dtype in which it is never stored.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -31,35 +31,33 @@ from adamax_jax._update import one_minus_power
 def from_optax(
     state: optax.OptState, *, adam_b2: ArrayLike | None = None
 ) -> optax.OptState:
-    """The state of a running Optax Adam or AdaMax, to be continued here.
+    """Converts the state of a running Optax Adam or AdaMax, to be continued here.
 
-    Optax's two have a state of the same type: which one ran, only the caller knows.
+    In Optax the two have a state of the same type: only the caller knows which one ran.
     Every ``optax.ScaleByAdamState`` in the state becomes
 
-    - without ``adam_b2``, a :class:`ScaleByAdamaxState` with m = mu and u = nu, of
+    - without ``adam_b2``, a :class:`ScaleByAdamaxState` with m = mu and u = nu, for
       ``optax.adamax``;
     - with it, a :class:`ScaleByLpAdamState` with m = mu and u = sqrt(nu / (1 -
-      adam_b2^count)), of ``optax.adam``, ``adamw`` and others made of
+      adam_b2^count)), for ``optax.adam``, ``adamw`` and others made of
       ``optax.scale_by_adam``.
 
-    A state with both is converted part by part (``notebooks/coming_from.md``).
-
-    m has the dtype of mu, and u is real, of that of nu (for :func:`adam` float32 at
-    least), bfloat16 below 32 bits. For an optimizer with ``shared_axes`` or another
-    storage use :func:`insert_state` or :func:`convert_state` next.
+    :doc:`coming_from` converts a state with both. m has the dtype of mu, u is real and
+    has that of nu (at least float32 for :func:`adam`), both bfloat16 below 32 bits. Use
+    :func:`insert_state` next for an optimizer with ``shared_axes``,
+    :func:`convert_state` for other dtypes.
 
     Args:
-      state: An ``optax.ScaleByAdamState``, or an optimizer's state with some in it;
-        what else is in it stays as it is.
+      state: An ``optax.ScaleByAdamState``, or an optimizer's state that contains one or
+        more; everything else in it stays unchanged.
       adam_b2: The ``b2`` of the Adam that ran, 0.999 by default in Optax; None for
-        an AdaMax.
+        AdaMax.
 
     Returns:
-      The state, in the same containers, which are those of :func:`adam`,
-      :func:`adamw`, :func:`adamax` and :func:`adamaxw`, but for ``optax.adamw`` and
-      ``optax.adamaxw`` with a mask or a scheduled decay: for these,
-      :func:`insert_state` puts it into a new state. It shares no memory with the given
-      one.
+      The state, in the same containers, which are those of :func:`adam`, :func:`adamw`,
+      :func:`adamax` and :func:`adamaxw`, except for ``optax.adamw`` and
+      ``optax.adamaxw`` with a mask or a scheduled decay: then put it into a new state
+      with :func:`insert_state`. It shares no memory with the argument.
 
     Raises:
       ValueError: If there is no ``optax.ScaleByAdamState`` in the state, or ``adam_b2``
@@ -92,23 +90,24 @@ def from_optax(
 def to_optax(
     state: optax.OptState, *, adam_b2: ArrayLike | None = None
 ) -> optax.OptState:
-    """A state as Optax's Adam or AdaMax keeps it, for tools that look for mu and nu.
+    """Converts a state to that of Optax's Adam or AdaMax, with mu and nu.
 
     Every :class:`ScaleByAdamaxState` in the state becomes an ``optax.ScaleByAdamState``
-    with mu = m and nu = u as :func:`moments` gives them: in float32 at least. A shared
+    with mu = m and nu = u as :func:`moments` gives them, in at least float32. A shared
     u is repeated along its axes. Every :class:`ScaleByLpAdamState`, of :func:`adam` or
     another optimizer with p = 2, becomes one with nu = u^2 (1 - adam_b2^count).
 
     Args:
       state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
-        optimizer's state with some of them in it; what else is in it stays as it is.
-      adam_b2: The ``b2`` of :func:`adam`, which runs on in Optax.
+        optimizer's state that contains one or more; everything else in it stays
+        unchanged.
+      adam_b2: The ``b2`` of :func:`adam`, with which Optax continues; None for AdaMax.
 
     Returns:
-      The state, in the same containers; it shares no memory with the given one.
-      ``from_optax`` brings back the numbers, and to the bit where m and the u of an
-      AdaMax were stored in 32 bits or more. (An Adam's u below 1e-19 or above 1e19 has
-      no square in float32: nu is 0 or infinity.)
+      The state, in the same containers. It shares no memory with the argument.
+      :func:`from_optax` gives the same numbers again, to the bit where m and the u of
+      an AdaMax were stored in 32 bits or more. (The square of an Adam's u below 1e-19
+      or above 1e19 is 0 or infinity in float32.)
 
     Raises:
       ValueError: If there is none of these states, there is a
@@ -140,22 +139,20 @@ def from_torch(
     names: Iterable[str],
     convert: Callable[[dict[str, Any]], optax.Params],
 ) -> ScaleByAdamaxState:
-    """The state of a running ``torch.optim.Adamax``, to be continued here.
+    """Converts the state of a running ``torch.optim.Adamax``, to be continued here.
 
     Args:
-      state_dict: What the optimizer's ``state_dict()`` returned; this function needs
-        no PyTorch.
-      names: The names of the parameters in the order in which the optimizer has them:
-        ``[name for name, _ in model.named_parameters()]`` if it was made with
-        ``model.parameters()``, else group by group. An optimizer that was made with
-        ``model.named_parameters()`` knows them, and they are compared.
-      convert: The function that brings the model's weights here: from a dictionary of
+      state_dict: What the optimizer's ``state_dict()`` returned; PyTorch is not needed.
+      names: The names of the parameters in the optimizer's order: ``[name for name, _
+        in model.named_parameters()]`` if it was made with ``model.parameters()``, else
+        group by group. They are compared with those of the optimizer if it was made
+        with ``model.named_parameters()``.
+      convert: Your function that converts the model's weights, from a dictionary of
         names and arrays to the tree of parameters. It is called with ``exp_avg`` and
-        with ``exp_inf`` in the place of the weights, in the types they have in
-        ``state_dict``, and for the names given alone: without buffers and second names
-        of tied weights. It may move numbers (transpose, reshape, split, stack) but not
-        compute with them: u is not linear. It decides on dtypes, as for weights; of
-        bfloat16 tensors ``jnp.from_dlpack`` makes arrays.
+        ``exp_inf`` in place of the weights, of the types in ``state_dict``, for these
+        names alone (no buffers, no second names of tied weights). It may transpose,
+        reshape, split and stack, but not compute: u is not linear. It chooses the
+        dtypes; ``jnp.from_dlpack`` converts bfloat16 tensors.
 
     Returns:
       The state, with m and u in the dtypes that ``convert`` returned, or bfloat16 where
@@ -165,10 +162,10 @@ def from_torch(
     Raises:
       ValueError: If names are repeated, not as many as the parameters or other than the
         optimizer's, a parameter has no state or one of another optimizer, the
-        parameters have taken different numbers of steps, or ``convert`` asks for a name
-        that is not there or returns a negative number for ``exp_inf``.
-      TypeError: If ``state_dict`` is not one, or ``convert`` returns complex numbers,
-        of which PyTorch treats the two parts apart, or float64 without
+        parameters have taken different numbers of steps, or ``convert`` asks for
+        another name or returns a negative number for ``exp_inf``.
+      TypeError: If ``state_dict`` is not one, or ``convert`` returns complex numbers
+        (PyTorch has one u for each of the two parts), or float64 without
         ``jax_enable_x64``.
 
     Examples:

@@ -23,41 +23,27 @@ def zero_shardings(
     mesh: Mesh,
     axis: str,
 ) -> optax.OptState:
-    """Shardings that spread an optimizer's state over one axis of a mesh.
+    """Shardings that spread an optimizer's state over one mesh axis (ZeRO stage 1).
 
-    Data-parallel training keeps a copy of the parameters on every device, and
-    needlessly one of the optimizer's state. With these shardings each of the N devices
-    along ``axis`` keeps and updates 1/N of it (ZeRO stage 1). What is computed stays
-    the same; the compiler adds the one exchange that brings the updates together.
+    Data-parallel training replicates parameters, and needlessly the optimizer's state.
+    With these shardings each of the N devices along ``axis`` stores and updates 1/N of
+    it. Results are the same; the compiler adds one all-gather of the new parameters.
 
-    An array that belongs to a parameter (of the same shape, with the longest common
-    path suffix) is sharded over ``mesh`` as the parameter is and over ``axis`` in
-    addition, unless it is already (FSDP). The axis goes to the first dimension that it
-    divides, preferably one that is not sharded yet. An array that differs only in axes
-    of size 1, as AdaMax's shared u, is sharded as that one is along the others. An
-    array of another shape, as in Adafactor, is sharded over ``axis`` alone, and a
-    single number is replicated.
+    An array of the state that belongs to a parameter is sharded as the parameter is,
+    and over ``axis`` too: on the first dimension whose size ``axis`` divides,
+    preferably an unsharded one. If the parameter is sharded over ``axis`` already
+    (FSDP), the array only follows it. :doc:`devices` has the rules for other arrays,
+    and for axes of type ``Explicit``.
 
-    If ``axis`` has type ``Auto``, they work for the state of any Optax optimizer. If it
-    is ``Explicit``, they work for element-wise and factored ones: the axis goes to
-    dimensions that are not sharded yet, and arrays of another shape are replicated.
-    Reshard the updates before they are added, and for some optimizers the gradients;
-    the state of Muon, Prodigy and L-BFGS, which contract arrays, cannot be sharded so
-    (``notebooks/devices.md``).
-
-    Give them to ``jax.jit`` twice: for ``init``, so that the state is never whole on
-    one device, and for the training step, without which the compiler may choose to
-    shard the new parameters as well. Call this function outside of ``jax.jit``, where
-    arrays know how they are sharded. A state that exists takes them too: that of
-    ``flax.nnx.Optimizer`` has the same leaves in other containers, so that
-    ``jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(shardings))`` are
-    its shardings.
+    Give the shardings to ``jax.jit`` twice: for ``init``, so that the state is never
+    whole on one device, and for the training step, or the compiler may shard the new
+    parameters too. Call this function outside of ``jax.jit``.
 
     Args:
       optimizer: The optimizer; only its ``init`` is called, on abstract arrays.
       params: The parameters, or ``jax.ShapeDtypeStruct`` in their place.
       mesh: The mesh of devices.
-      axis: The name of the axis that the batch is sharded over.
+      axis: The name of the mesh axis that the batch is sharded over.
 
     Returns:
       A tree of ``NamedSharding`` with the structure of ``optimizer.init(params)``, for
@@ -69,10 +55,8 @@ def zero_shardings(
       TypeError: If ``optimizer`` has no ``init`` and ``update``.
 
     Warns:
-      UserWarning: Once, if arrays of several numbers have no dimension that the axis
-        divides (and that is not sharded, if the axis is ``Explicit``): they stay as the
-        parameter is, replicated over the axis. The message names them and says how many
-        bytes they are.
+      UserWarning: If arrays stay replicated over ``axis``, since no dimension can be
+        sharded. The message has their names and bytes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

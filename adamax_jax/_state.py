@@ -39,20 +39,21 @@ KINDS = (ScaleByAdamaxState, ScaleByLpAdamState)
 
 
 def moments(state: optax.OptState) -> tuple[Any, Any]:
-    """The mean and the norm of the gradients, however they are stored.
+    """The mean m and the norm u of the gradients, as numbers.
 
     Args:
       state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
-        optimizer's state with one of them in it.
+        optimizer's state that contains exactly one of them.
 
     Returns:
-      The trees m and u, in float32 (float64 and complex where they are stored so),
-      shaped as the parameters; u has size 1 along axes that share it. They share no
-      memory with the state.
+      The trees m and u, in float32 (float64 and complex if they are stored so), with
+      the parameters' shapes; u has size 1 along shared axes. They share no memory with
+      the state.
 
     Raises:
-      ValueError: If there is not exactly one of them in the state, or it is that of an
-        ensemble (``jax.vmap``).
+      ValueError: If the state does not contain exactly one of them, or it is that of an
+        ensemble (apply this function with ``jax.vmap`` then).
+      TypeError: If m or u has a dtype in which it is never stored.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -73,24 +74,27 @@ def convert_state(
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
 ) -> optax.OptState:
-    """The state of a running optimizer, stored in other dtypes.
+    """Stores the state of a running optimizer in other dtypes.
 
-    Training continues with an optimizer made with the same ``m_dtype`` and ``u_dtype``.
-    Each number is rounded once.
+    Continue with an optimizer made with the same ``m_dtype`` and ``u_dtype``. Each
+    number is rounded once.
 
     Args:
       state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
-        optimizer's state with some of them in it; what else is in it stays as it is.
-      m_dtype: What to store m in, as for :func:`scale_by_adamax`; None: as it is.
-      u_dtype: What to store u in; None: as it is.
+        optimizer's state that contains one or more; everything else in it stays
+        unchanged.
+      m_dtype: What to store m in, as for :func:`scale_by_adamax`; None: unchanged.
+      u_dtype: What to store u in, as for :func:`scale_by_adamax`; None: unchanged.
 
     Returns:
-      The state, in the same containers; it shares no memory with the given one.
+      The state, in the same containers. It shares no memory with the argument.
 
     Raises:
-      TypeError, ValueError: If a dtype is not one that :func:`scale_by_adamax` takes,
-        or m is complex and ``m_dtype`` has no complex counterpart; ValueError also if
-        there is none of these states, or one is that of an ensemble (``jax.vmap``).
+      ValueError: If a dtype is not one that :func:`scale_by_adamax` takes, there is
+        none of these states, or one is that of an ensemble (apply this function with
+        ``jax.vmap`` then).
+      TypeError: If an argument is no dtype, m is complex and ``m_dtype`` has no complex
+        counterpart, or m or u has a dtype in which it is never stored.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -116,45 +120,39 @@ def insert_state(
     *,
     missing: Literal["raise", "keep"] = "raise",
 ) -> optax.OptState:
-    """An optimizer's new state, to go on from where another one was.
+    """Puts the m, u and count of an old state into the state of a new optimizer.
 
-    Of the :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState` in it, count, m
-    and u become those given, stored in the dtypes, the sharding and the containers
-    (Flax NNX) of the new state. Schedules of the learning rate, of the weight decay and
-    of ``optax.inject_hyperparams`` go on from the count, too. All else stays new, also
-    the residuals of :func:`master_weights`, which :func:`set_full_params` brings over.
+    They are stored in the new state's dtypes, shardings and containers. Schedules of
+    the learning rate, of the weight decay and of ``optax.inject_hyperparams`` continue
+    from the count too. Everything else stays new, also the residuals of
+    :func:`master_weights`: :func:`set_full_params` carries them over. Where the new
+    optimizer shares u along axes, u becomes its maximum along them; where only the old
+    one did, u is repeated.
 
-    Where the new optimizer shares u along axes and the old one did not, u becomes its
-    maximum along them, which is what it would have been. Along axes that only the old
-    one shared it is repeated.
-
-    With ``missing="keep"`` what the given state has not stays as it is in ``state``:
-    zeros for new layers, or what another call put there. Only its first steps differ
-    from those of a new optimizer: at a large count neither average is corrected for its
-    start from 0. AdaMax's are a tenth as long as usual (at ``b1=0.9``) and grow. Adam's
-    are 3 to 7 times too long, and twice after 300 steps, as in Optax: give new layers
-    an optimizer of their own (``optax.partition``) or a warm-up.
-
-    (``optax.tree.set`` would leave m and u as they are inside
-    ``optax.inject_hyperparams``, silently.)
+    With ``missing="keep"``, parameters that the old state lacks keep what ``state``
+    has: zeros for new layers. Their first steps differ from those of a new optimizer,
+    since the bias correction follows the count: see :doc:`checkpoints`, which has
+    examples too.
 
     Args:
-      state: What the optimizer's ``init`` returned, with one such state in it.
-      adamax_state: What to go on from: a state of the same type, or an optimizer's
-        state with one in it. It may have parts that the optimizer leaves out
-        (``optax.masked``, ``optax.partition``). Of the L^p family no state tells its p,
-        so give that of an optimizer with the same one.
-      missing: What to do where it has no m and u for a parameter: "raise" a ValueError,
-        or "keep" those in ``state``. Where the two have another ``u_scale``, those kept
-        are rounded once more.
+      state: What the new optimizer's ``init`` returned, with one
+        :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState` in it.
+      adamax_state: A state of the same type, or an optimizer's state that contains
+        exactly one. It may have parts that the new optimizer leaves out
+        (``optax.masked``, ``optax.partition``). A state of the L^p family does not tell
+        its p: give one of the same p.
+      missing: "raise" a ValueError if the old state has no m and u for a parameter, or
+        "keep" those in ``state``, which are rounded once more if the two differ in
+        ``u_scale``.
 
     Returns:
-      The state; it shares no memory with either argument.
+      The state. It shares no memory with either argument.
 
     Raises:
-      ValueError: If there is not exactly one such state in one of the two, they differ
+      ValueError: If one of the two does not contain exactly one such state, they differ
         in type or in the paths or shapes of m or u, ``missing`` is another string, or
-        an ensemble's state (``jax.vmap``) would be stored otherwise.
+        the state of an ensemble (``jax.vmap``) would be stored in other dtypes.
+      TypeError: If m or u has a dtype in which it is never stored.
 
     Examples:
       >>> import jax.numpy as jnp, optax
