@@ -102,7 +102,7 @@ def scale_by_adam(
         b1,
         b2,
         eps,
-        # u^2 decays by b2.
+        # b2 is the decay rate of u^2.
         decay_power=0.5,
         eps_root=eps_root,
         nesterov=nesterov,

@@ -66,7 +66,7 @@ class ScaleByAdamaxState(NamedTuple):
     u_scale: jax.Array
 
 
-# A pickle names this place, whatever file the class moves to.
+# Pickles refer to this module, even if the class moves to another file.
 ScaleByAdamaxState.__module__ = "adamax_jax"
 
 
@@ -218,7 +218,7 @@ def scale_by_adamax(
             next_u_scale=next_u_scale,
             halving=halving,
         )
-        # Arrays: numbers would be brought to the device for every leaf anew.
+        # Cast once: Python numbers would be transferred for every leaf.
         c = cast(c, dtype)
         step, m, u = update_leaves(
             lambda g, m, u, dtype: update_leaf(g, m, u, c, rule, dtype),
@@ -422,10 +422,10 @@ def adamaxw(
 
 
 def _next_u(norm, u, magnitude, c):
-    """max(b2 * u, |g| + eps), in the codes of a format; u grows by a factor at most."""
+    """max(b2 * u, |g| + eps), as a code, with the growth of u limited."""
     new = norm.encode(magnitude, c.next_u_scale)
     if c.max_growth is not None:
-        # A u that has seen no gradient takes any.
+        # A u that has seen no gradient, or has decayed, grows without limit.
         floor = norm.encode(jnp.maximum(2 * c.eps, norm.smallest), c.u_scale)
         limit = jnp.where(u > floor, norm.grown(u, c), norm.no_limit)
         new = norm.minimum(new, limit)

@@ -1,4 +1,4 @@
-"""What the state says about training: figures for each parameter and for all."""
+"""Diagnostics of a state: figures for each parameter and for all."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from adamax_jax._numerics import arithmetic_dtype, cast, number, quotient
 from adamax_jax._state import ratio_unit, read, scale_of, some_states
 from adamax_jax._trees import name_of
 
-# |m| below this share of u: recent gradients are far below those that u remembers.
+# Stale: |m| below this fraction of u, which remembers far larger gradients.
 _STALE = 1e-3
 
 
@@ -95,7 +95,7 @@ class Diagnosis:
                 "those of one with jax.tree.map(lambda x: x[0], diagnosis)."
             )
         shown = self.worst()
-        # Matplotlib takes what is between two dollars for mathematics.
+        # Matplotlib typesets text between two dollar signs as mathematics.
         names = [_short(name).replace("$", r"\$") for name in ("total", *shown.names)]
         figure = Figure(figsize=(10, 1 + 0.22 * len(names)), layout="constrained")
         panels = figure.subplots(1, 1 + len(_SHARES), sharey=True)
@@ -157,12 +157,12 @@ class Diagnosis:
 
 
 def _short(name, length=40):
-    """The end of a path, which tells more than its beginning."""
+    """The end of a path, which is more specific than its beginning."""
     return name if len(name) <= length else f"...{name[3 - length :]}"
 
 
 def _printed_range(numbers, number_format):
-    """A number; of several steps or runs, the smallest and the largest."""
+    """A number; of several steps or runs, the min and the max."""
     if not numbers.size:
         return "-"
     ends = (
@@ -223,9 +223,9 @@ def diagnose(
       or runs.
 
     Raises:
-      ValueError: If there is no such state, one is that of an ensemble (apply this
-        function with ``jax.vmap`` then), ``eps`` is negative or not finite, or
-        ``depth`` is below 1.
+      ValueError: If there is no such state, ``jax.vmap`` has stacked one (apply this
+        function with ``jax.vmap`` too), ``eps`` is negative or not finite, or ``depth``
+        is below 1.
       TypeError: If ``eps`` is not a number or a scalar array of at least 32 bits, or m
         or u has a dtype in which it is never stored.
 
@@ -268,7 +268,7 @@ def diagnose(
 
 
 class _Sums(NamedTuple):
-    """What can be put together over parameters: a number, or a column of them."""
+    """Statistics that can be combined over parameters: numbers, or columns of them."""
 
     size: jax.Array
     squares: jax.Array
@@ -277,7 +277,7 @@ class _Sums(NamedTuple):
     saturated: jax.Array
     largest: jax.Array
     largest_u: jax.Array
-    # Where none was seen, the largest number.
+    # The max of the dtype if no coordinate was seen.
     smallest_u: jax.Array
 
 
@@ -285,8 +285,8 @@ class _Sums(NamedTuple):
 def _row(stored_m, stored_u, u_scale, unit, eps):
     """The sums of one parameter: an array of eight numbers.
 
-    What is computed of them is computed of a table of all: XLA takes far longer to
-    compile many operations on scalars.
+    Figures are computed from a table of all rows: XLA takes far longer to compile many
+    operations on scalars.
     """
     m, u = read(stored_m, stored_u, u_scale, unit)
     m = jnp.abs(m).astype(u.dtype)
@@ -295,8 +295,8 @@ def _row(stored_m, stored_u, u_scale, unit, eps):
     floor = number(eps, u.dtype) * (1 + 2**-20)
     _, norm = formats(stored_m.dtype, stored_u.dtype)
     floor = norm.read(norm.write(floor, u_scale), u_scale)
-    # Without m, gradients below the smallest number of a dtype would be none at all.
-    # NaN counts as seen.
+    # m tells gradients below the smallest number of u's dtype from none. NaN counts as
+    # seen.
     seen = ~((u <= floor) & (stored_m == 0))
     saturated = _is_saturated(stored_m, stored_u, u_scale)
 
@@ -317,20 +317,20 @@ def _row(stored_m, stored_u, u_scale, unit, eps):
 
 
 def _is_saturated(stored_m, stored_u, u_scale):
-    """Where a stored m or u is at an end of the range of its dtype."""
+    """Where a stored m or u is the min or max of its dtype."""
     mean, norm = formats(stored_m.dtype, stored_u.dtype)
     is_end = jnp.zeros(jnp.broadcast_shapes(stored_m.shape, stored_u.shape), bool)
     if mean.is_ratio:
         is_end |= jnp.abs(stored_m) == mean.LAST
     if norm.is_scaled:
         is_end |= norm.codes_of(stored_u) <= norm.encode(norm.smallest, 1.0)
-        # Of gradients that were cut off, rounding leaves 8/9 at least.
+        # Rounding leaves at least 8/9 of a clipped gradient.
         is_end |= norm.read(stored_u, u_scale) >= 0.88 * norm.largest
     return is_end
 
 
 def _largest(x):
-    """The largest number of a dtype: not infinity, which jax.debug_infs reports."""
+    """The max of a dtype: not infinity, which jax.debug_infs reports."""
     return number(float(jnp.finfo(x.dtype).max), x.dtype)
 
 
@@ -344,7 +344,7 @@ def _over_all(columns):
 
 
 def _over_groups(columns, groups):
-    """The columns of groups, from those of parameters and the group of each."""
+    """Combines the rows of each group; ``groups`` has the group of each row."""
     if not groups:
         return columns
     ids, size = jnp.array(groups), 1 + max(groups)
@@ -372,7 +372,7 @@ def _put_together(columns, add, largest, smallest):
 def _figures(sums):
     size = jnp.maximum(sums.size, 1)
     any_seen = sums.seen > 0
-    # Not log10, which divides by a float32 where x64 is off.
+    # Not log10, which divides by a float32 without jax_enable_x64.
     decade = number(math.log(10), sums.largest_u.dtype)
     log_of_largest = jnp.log(jnp.where(any_seen, sums.largest_u, 1)) / decade
     log_of_smallest = jnp.log(jnp.where(any_seen, sums.smallest_u, 1)) / decade
@@ -398,5 +398,5 @@ _FORMATS = {
     "saturated": ".3f",
 }
 
-# What should be small.
+# Fractions that should be small.
 _SHARES = ("unseen", "stale", "saturated")

@@ -1,4 +1,4 @@
-"""States of other libraries' Adam and AdaMax, and back to Optax."""
+"""Converts states of other libraries' Adam and AdaMax, and back to Optax's."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -42,10 +42,10 @@ def from_optax(
       adam_b2^count)), for ``optax.adam``, ``adamw`` and others made of
       ``optax.scale_by_adam``.
 
-    :doc:`coming_from` converts a state with both. m has the dtype of mu, u is real and
-    has that of nu (at least float32 for :func:`adam`), both bfloat16 below 32 bits. Use
-    :func:`insert_state` next for an optimizer with ``shared_axes``,
-    :func:`convert_state` for other dtypes.
+    :doc:`coming_from` converts a state with both. m has the dtype of mu, or bfloat16 if
+    that has fewer than 32 bits. u is real, with the dtype of nu by the same rule, but at
+    least float32 for :func:`adam`. Use :func:`insert_state` next for an optimizer with
+    ``shared_axes``, :func:`convert_state` for other dtypes.
 
     Args:
       state: An ``optax.ScaleByAdamState``, or an optimizer's state that contains one or
@@ -215,7 +215,7 @@ def from_torch(
 
 
 def _stored(m, u):
-    """The trees of plain numbers as a state by default holds them."""
+    """Stores trees of numbers in their default dtypes."""
     m_leaves, m_treedef = jax.tree.flatten(m)
     u_leaves, u_treedef = jax.tree.flatten(u)
     stored = []
@@ -234,8 +234,8 @@ def _adamax_of_optax(state):
         count=state.count,
         m=m,
         u=u,
-        # In the container and of the shape that count has: Flax NNX wraps scalars, and
-        # vmap gives them an axis.
+        # With the container and shape of count: Flax NNX wraps scalars, and jax.vmap
+        # adds an axis.
         u_scale=jax.tree.map(lambda c: jnp.ones_like(c, jnp.float32), state.count),
     )
 
@@ -246,21 +246,21 @@ def _adam_of_optax(state, b2):
 
     def root(nu):
         nu = nu.astype(arithmetic_dtype(nu.dtype))
-        # Before the first step, nu is 0 as well.
+        # At count 0 the correction is 0, but nu is too.
         return jnp.sqrt(quotient(nu, _share_of_memory(state, b2, nu)))
 
     return ScaleByLpAdamState(count=state.count, m=m, u=jax.tree.map(root, nu))
 
 
 def _trained(state):
-    """mu and nu, real, of what has gradients: Optax makes zeros for integers too."""
+    """mu and real nu, None for parameters without gradients, which Optax gives 0."""
     mu = jax.tree.map(lambda m: m if is_trained(m) else None, state.mu)
     nu = jax.tree.map(lambda u: jnp.real(u) if is_trained(u) else None, state.nu)
     return mu, nu
 
 
 def _share_of_memory(state, b2, u):
-    """1 - b2^count, of u's shape; each member of an ensemble has its own count."""
+    """1 - b2^count, with u's shape. A stacked state has a count for each member."""
     count = unwrapped(state.count)
     t = jnp.asarray(count, u.dtype)
     share = one_minus_power(b2, t).reshape(t.shape + (1,) * (u.ndim - t.ndim))
@@ -303,7 +303,7 @@ def _check_state_dict(state_dict):
 
 
 def _checked_names(names, groups):
-    """The names as a list, as many as the parameters of all groups together."""
+    """The names as a list. Raises ValueError if they do not fit the optimizer."""
     names = list(names)
     size = sum(len(group["params"]) for group in groups)
     if len(names) != size:
@@ -352,9 +352,9 @@ def _converted(convert, states, key):
 
 
 def _same_numbers(path, x):
-    """The array, refusing what JAX would cast or PyTorch means otherwise."""
+    """Converts to a JAX array. Raises TypeError if that changes numbers."""
     given = x.dtype if isinstance(x, jax.Array) else np.asarray(x).dtype
-    # A copy: PyTorch goes on writing to the memory that the converter may share.
+    # A copy, since PyTorch may later write to memory that ``convert`` shares.
     array = jnp.array(x)
     if jnp.iscomplexobj(array):
         raise TypeError(

@@ -39,14 +39,13 @@ from adamax_jax._update import (
 )
 from adamax_jax._xla import as_rounded, larger, smaller
 
-# Stands for an order of infinity. A power of 1 to it is 1, where 1^infinity is not
-# defined, and its product with any count is finite; in float32 the results are those
-# of infinity.
+# Replaces an infinite order. 1 to this power is 1, where 1^infinity is undefined, and
+# its product with any count is finite. In float32 the results are those of infinity.
 _INFINITE_ORDER = 1e28
-# Whole powers up to this one are taken by products, in half the time of exp and log.
+# Integer powers up to this one are computed by products, in half the time of exp, log.
 _LARGEST_PRODUCT = 64
-# In int8 m is stored as m / (8 u), up to 10.46 in size: at p = 2 its bound is 5.15, and
-# 7.27 at Optax's rates. A power of two, which rounds nothing.
+# In int8, m is stored as m / (8 u), for |m/u| up to 10.46. At p = 2 the bound is 5.15,
+# and 7.27 at Optax's rates. Scaling by a power of 2 is exact.
 RATIO_UNIT = 8.0
 
 
@@ -66,7 +65,7 @@ class ScaleByLpAdamState(NamedTuple):
     u: optax.Updates
 
 
-# A pickle names this place, whatever file the class moves to.
+# Pickles refer to this module, even if the class moves to another file.
 ScaleByLpAdamState.__module__ = "adamax_jax"
 
 
@@ -185,12 +184,12 @@ def scale_by_order(
     m_dtype: Any,
     u_dtype: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """What :func:`scale_by_lp_adam` and :func:`scale_by_adam` have in common.
+    """The common implementation of :func:`scale_by_lp_adam` and :func:`scale_by_adam`.
 
     Args:
       p: A finite or traced order.
       decay_power: u decays by ``b2`` to this power.
-      eps_root: What is added to the square of u, under a root.
+      eps_root: Added to the square of u, under a root.
 
     The other arguments are those of :func:`scale_by_lp_adam`.
     """
@@ -204,8 +203,7 @@ def scale_by_order(
         bound = _longest_ratio(p, b1, b2, decay_power)
         limit = RATIO_UNIT * Int8Mean.LARGEST_RATIO
         check_bound(bound, limit, RATIO_UNIT, f"p={p}, b1={b1} and b2={b2}")
-    # A mean of finite order multiplies the eps inside of it by a weight, which may be
-    # so small that the product is 0.
+    # An eps inside is multiplied by a weight of the mean: the product may underflow.
     is_positive = not eps_inside and is_surely_positive(eps)
     rule = Rule(
         nesterov,
@@ -450,19 +448,18 @@ def _weights(p, b2, decay_power, t):
     """The scalars of u at step t, where u decays by b2^decay_power.
 
     Returns:
-      A dictionary of ``p``, ``decay`` = (1 - w)^(1/p), ``one_minus_decay``, which is 1
-      minus that to all digits, and ``weight`` = w^(1/p): b2, 1 - b2 and 1 where p is
-      infinity. (None for 1 minus the decay of :func:`scale_by_adam`, where p is 2.)
+      A dictionary of ``p``, ``decay`` = (1 - w)^(1/p), ``one_minus_decay``, computed
+      without cancellation (None if ``decay_power`` is not 1: p = 2 does not need it),
+      and ``weight`` = w^(1/p). For infinite p they are b2, 1 - b2 and 1.
     """
-    # Also before it is an array: jax.debug_infs looks at those.
+    # Clipped before it becomes an array, since jax.debug_infs checks arrays.
     p = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
     p = smaller(number(p, t.dtype), number(_INFINITE_ORDER, t.dtype))
     power = decay_power * p
     w = one_minus_power(b2, power) / one_minus_power(b2, power * t)
-    # With b the rate of decay, 1 - w = b^p (1 - w b^(p (t - 1))). The decay is the p-th
-    # root of that: b times a factor that tends to 1, whose logarithm this is. At t = 1
-    # the factor would be 0, which has no logarithm; u is 0 before it, so that any other
-    # decay does as well.
+    # With b the decay rate, 1 - w = b^p (1 - w b^(p (t - 1))). The decay is the p-th
+    # root of 1 - w: b times a factor that tends to 1. At t = 1 the factor is 0 and has
+    # no logarithm, but u_0 = 0, so that any decay will do.
     past = jnp.maximum(t - 1, 1)
     log_factor = jnp.log1p(-w * (1 - one_minus_power(b2, power * past))) / p
     rate, one_minus_decay = number(b2, t.dtype), None
@@ -474,13 +471,13 @@ def _weights(p, b2, decay_power, t):
         "p": p,
         "decay": rate * jnp.exp(log_factor),
         "one_minus_decay": one_minus_decay,
-        # Rounded, it may be above 1, and its product with the largest number infinite.
+        # Rounding may lift it above 1, and its product with the max would overflow.
         "weight": smaller(jnp.exp(jnp.log(w) / p), jnp.ones_like(w)),
     }
 
 
 def _longest_ratio(p, b1, b2, decay_power):
-    """The bound of |m/u| by Hölder's inequality; 0 where a number is traced."""
+    """The bound of |m/u| by Hölder's inequality; 0 if a number is traced."""
     if not all(isinstance(x, float) for x in (p, b1, b2)):
         return 0.0
     rate = b2**decay_power
@@ -492,25 +489,28 @@ def _longest_ratio(p, b1, b2, decay_power):
 
 
 class MeanOfOrder(NamedTuple):
-    """The next u of the family, with an order that shapes the compiled code."""
+    """The next u of the L^p family.
+
+    ``known_p`` is an order for which the compiled code is faster, or None.
+    """
 
     known_p: int | None
 
     def __call__(self, norm, u, magnitude, c):
-        """((1 - w) u^p + w |g|^p)^(1/p), in floats; no power of it exceeds 1."""
+        """((1 - w) u^p + w |g|^p)^(1/p), in floats, without powers above 1."""
         if self.known_p == 2:
             return _quadratic_mean(u, magnitude, c)
         old, new = c.decay * u, c.weight * magnitude
-        # Of two equal terms the old one is the high one, as in is_close below.
+        # If both are equal, the old one is ``high``, as ``is_close`` below expects.
         high, low = larger(new, old), smaller(new, old)
         ratio = divide(low, jnp.where(high == 0, 1, high))
         power = _power(ratio, c.p, self.known_p)
         # (1 + power)^(1/p) - 1, without the rounding of 1 + power.
         gain = jnp.expm1(jnp.log1p(power) / c.p)
-        # An average changes by little at a step and remembers an error of it for long:
-        # the change is added to u, instead of multiplying by a number close to 1.
+        # An average changes little in a step and keeps rounding errors for long. So the
+        # change is added to u, instead of multiplying u by a number close to 1.
         is_close = (new <= old) & (c.decay > 0.5)
-        # Plus zeros: the choice needs the sharding of both.
+        # Adding zeros gives it the sharding of both, which ``where`` needs.
         base = jnp.where(is_close, u + jnp.zeros_like(high), high)
         change = jnp.where(is_close, c.decay * gain - c.one_minus_decay, gain)
         mean = base + base * change
@@ -522,24 +522,23 @@ class MeanOfOrder(NamedTuple):
 
 def _quadratic_mean(u, magnitude, c):
     """sqrt((1 - w) u^2 + w |g|^2): p = 2, in half the time of the other orders."""
-    # As u^2 + w (|g|^2 - u^2), which leaves u where it is if |g| = u: an average
-    # remembers a rounding error for long. Where the weight is large, the difference
-    # would round |g| away.
+    # u^2 + w (|g|^2 - u^2), which leaves u unchanged if |g| = u: an average keeps
+    # rounding errors for long. If w is large, the difference would lose |g|.
     w = c.weight**2
     is_slow = w < 0.5
     past = jnp.where(is_slow, 1, c.decay) * u
     high = jnp.maximum(past, magnitude)
-    # Scaled by a power of 2, no square overflows, or vanishes but beside the other.
+    # Scaled by a power of 2: no square overflows, and none that matters underflows.
     limit = 2.0 ** (jnp.finfo(u.dtype).maxexp * 5 // 16)
     is_huge, is_tiny = high > limit, high < 1 / limit
     scale = jnp.where(is_huge, limit**-2, jnp.where(is_tiny, limit**2, 1.0))
     inverse = jnp.where(is_huge, limit**2, jnp.where(is_tiny, limit**-2, 1.0))
     old, new = (scale * past) ** 2, (scale * magnitude) ** 2
     square = old + w * (new - jnp.where(is_slow, old, 0))
-    # The inner where keeps the derivative at 0 finite.
+    # The inner ``where`` keeps the derivative at 0 finite.
     is_zero = square == 0
     mean = inverse * jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
-    # Rounded, a mean might be above the larger of its numbers, and infinite.
+    # Rounding might lift a mean above its larger number, and to infinity.
     return as_rounded(mean, jnp.minimum(mean, jnp.maximum(u, magnitude)))
 
 
@@ -547,17 +546,17 @@ def _power(x, p, known_p):
     """x^p for x in [0, 1]."""
     if known_p is not None:
         return x**known_p
-    # A logarithm of 0 has no derivative, and one of the smallest number no second one.
+    # log has no derivative at 0, and no second one at the smallest number.
     floor = float(jnp.finfo(x.dtype).tiny) ** 0.5
     return jnp.exp(p * jnp.log(larger(x, number(floor, x.dtype))))
 
 
 def _known(p):
-    """An order that shapes the compiled code, a small whole number, or None."""
+    """p as an integer, for code of its own, if it is small and whole; else None."""
     is_whole = isinstance(p, float) and p <= _LARGEST_PRODUCT and p.is_integer()
     return int(p) if is_whole else None
 
 
 def _u_dtype(p, u_dtype):
-    """The dtype of u for a parameter: real, float32 at least unless asked for."""
+    """The dtype of u for a parameter: ``u_dtype``, or at least float32."""
     return u_dtype or jnp.dtype(arithmetic_dtype(jnp.result_type(p)))

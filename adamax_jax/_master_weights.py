@@ -36,7 +36,7 @@ class MasterWeightsState(NamedTuple):
     inner_state: optax.OptState
 
 
-# A pickle names this place, whatever file the class moves to.
+# Pickles refer to this module, even if the class moves to another file.
 MasterWeightsState.__module__ = "adamax_jax"
 
 
@@ -306,7 +306,7 @@ class _Residuals:
         return residual_path, r
 
     def check_all_were_used(self):
-        """Refuses parameters among which those of some residuals are missing."""
+        """Raises ValueError if a residual has no parameter."""
         for path in self._unused:
             raise ValueError(
                 f"The state has a residual at {name_of(path)}, where there is no "
@@ -327,7 +327,7 @@ def _beside(residual, params):
 
 
 def _check_fit(path, p, r):
-    """Refuses a residual beside a parameter of another shape or kind of dtype."""
+    """Raises an error if p is not in half precision or r has another shape."""
     if not is_half(p):
         raise TypeError(
             f"The parameter at {name_of(path)} has dtype {jnp.result_type(p)}, but at "
@@ -353,7 +353,7 @@ def _check_params(params):
 
 
 def _check_residuals(residuals, params, residual_dtype):
-    """Refuses a state that does not belong to the parameters."""
+    """Raises an error if residuals and parameters do not fit."""
     for (path, p), r in zip(jax.tree.leaves_with_path(params), residuals, strict=True):
         if r is None:
             if is_array(p) and is_half(p):
@@ -372,7 +372,7 @@ def _check_residuals(residuals, params, residual_dtype):
 
 
 def _in_full(p):
-    """A parameter at init, or its gradient, as the wrapped optimizer sees it."""
+    """Casts half precision to float32: what the wrapped optimizer is given."""
     if not is_half(p):
         return p
     if isinstance(p, jax.ShapeDtypeStruct):

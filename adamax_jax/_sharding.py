@@ -1,4 +1,4 @@
-"""ZeRO-1: an optimizer's state spread over the devices that share a batch."""
+"""ZeRO-1: shards an optimizer's state over the devices that share a batch."""
 
 import math
 import warnings
@@ -119,12 +119,12 @@ class _Parameter(NamedTuple):
 
 
 def _parameters_by_end(params, mesh):
-    """The parameters under each end of their paths."""
+    """A dictionary from path suffixes to the parameters with that suffix."""
     by_end: dict[Any, list[_Parameter]] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         parameter = _Parameter(path, jnp.shape(leaf), _own_spec(path, leaf, mesh))
-        # The empty end of a path is that of every other, too: not a name, unless the
-        # parameter is the whole tree.
+        # Every path has the empty suffix: it is left out, unless the parameter is the
+        # whole tree.
         for end in ends_of(path)[: max(1, len(path))]:
             by_end.setdefault(end, []).append(parameter)
     return by_end
@@ -133,10 +133,10 @@ def _parameters_by_end(params, mesh):
 def _parameter_of(path, shape, by_end):
     """The parameter that an array of the state belongs to; None if there is none.
 
-    The longest end that the two paths share tells, and of several parameters with this
-    end the one that has no longer path: usually the end is all of it, but
-    optax.lookahead keeps the parameters twice, and state once. An array of another
-    shape than the parameters with this end belongs to none.
+    It has the longest common path suffix. Of several, it is the one with the shortest
+    path: usually the suffix is the whole path, but optax.lookahead keeps the parameters
+    twice and the state once. If none of these has a fitting shape, the array belongs to
+    no parameter.
     """
     end = next((end for end in ends_of(path) if end in by_end), None)
     fitting = [p for p in by_end.get(end, []) if is_shared(shape, p.shape)]
@@ -144,7 +144,7 @@ def _parameter_of(path, shape, by_end):
 
 
 def _own_spec(path, leaf, mesh):
-    """How a parameter is sharded over the mesh."""
+    """The PartitionSpec of a parameter on the mesh."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and _is_same(sharding.mesh, mesh):
         return sharding.spec
@@ -165,12 +165,12 @@ def _is_same(own, mesh):
 
 
 def _spread(shape, spec, mesh, axis, only_free):
-    """The spec with the axis added; None where no dimension can be sharded."""
+    """Adds the axis to the spec; None if no dimension can be sharded."""
     axes = [_axes(entry) for entry in spec] + [()] * (len(shape) - len(spec))
     if any(axis in names for names in axes):
         return spec
-    # Free dimensions first: a sharded one gets two axes only if there is no other, and
-    # none where axes are explicit, since the gradients' sharding would contradict.
+    # Unsharded dimensions first: a sharded one gets a second axis only if there is no
+    # other, and never if axes are explicit, since gradients are sharded otherwise.
     for dimension in sorted(range(len(shape)), key=lambda d: len(axes[d])):
         if only_free and axes[dimension]:
             break
@@ -183,7 +183,7 @@ def _spread(shape, spec, mesh, axis, only_free):
 
 
 def _axes(entry):
-    """The axes that a dimension is sharded over, given its entry in a spec."""
+    """The axes over which a dimension is sharded, from its entry in a spec."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)

@@ -1,4 +1,4 @@
-"""A state: read, stored in other dtypes, put into that of a new optimizer."""
+"""Reads a state, converts its dtypes, and inserts it into that of a new optimizer."""
 
 import operator
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from adamax_jax._numerics import (
 from adamax_jax._shared_axes import can_reshare, reshare
 from adamax_jax._trees import is_inside, name_of, path_finder
 
-# What holds m and u: the state of AdaMax, and that of the L^p family.
+# The states with m and u: AdaMax's, and that of the L^p family.
 OptimizerState = ScaleByAdamaxState | ScaleByLpAdamState
 KINDS = (ScaleByAdamaxState, ScaleByLpAdamState)
 
@@ -51,8 +51,8 @@ def moments(state: optax.OptState) -> tuple[Any, Any]:
       the state.
 
     Raises:
-      ValueError: If the state does not contain exactly one of them, or it is that of an
-        ensemble (apply this function with ``jax.vmap`` then).
+      ValueError: If the state does not contain exactly one of them, or ``jax.vmap`` has
+        stacked it (apply this function with ``jax.vmap`` too).
       TypeError: If m or u has a dtype in which it is never stored.
 
     Examples:
@@ -91,8 +91,8 @@ def convert_state(
 
     Raises:
       ValueError: If a dtype is not one that :func:`scale_by_adamax` takes, there is
-        none of these states, or one is that of an ensemble (apply this function with
-        ``jax.vmap`` then).
+        none of these states, or ``jax.vmap`` has stacked one (apply this function with
+        ``jax.vmap`` too).
       TypeError: If an argument is no dtype, m is complex and ``m_dtype`` has no complex
         counterpart, or m or u has a dtype in which it is never stored.
 
@@ -151,7 +151,7 @@ def insert_state(
     Raises:
       ValueError: If one of the two does not contain exactly one such state, they differ
         in type or in the paths or shapes of m or u, ``missing`` is another string, or
-        the state of an ensemble (``jax.vmap``) would be stored in other dtypes.
+        a state that ``jax.vmap`` has stacked would be stored in other dtypes.
       TypeError: If m or u has a dtype in which it is never stored.
 
     Examples:
@@ -198,7 +198,7 @@ def insert_state(
 def find_states(
     state: optax.OptState, kind: type | tuple[type, ...] = KINDS
 ) -> list[tuple[Any, Any]]:
-    """The paths of the states of some types in an optimizer's, with these states."""
+    """The states of given types in an optimizer's state: pairs of path and state."""
     leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, kind))
     return [(path, leaf) for path, leaf in leaves if isinstance(leaf, kind)]
 
@@ -208,7 +208,7 @@ def some_states(
     kind: type | tuple[type, ...] = KINDS,
     name: str = "state",
 ) -> list[tuple[Any, Any]]:
-    """As :func:`find_states`, which must find one at least; ``name`` is for errors."""
+    """As :func:`find_states`. Raises ValueError, with ``name``, if there is none."""
     found = find_states(state, kind)
     if not found:
         raise ValueError(f"The {name} holds no {_named(kind)}.{_hint(state, kind)}")
@@ -225,7 +225,7 @@ def _named(kind):
 
 
 def only_state(state: optax.OptState, name: str = "state") -> OptimizerState:
-    """The one state with m and u in an optimizer's."""
+    """The only state with m and u in an optimizer's state, or ValueError."""
     found = some_states(state, name=name)
     if len(found) != 1:
         places = ", ".join(name_of(path) for path, _ in found)
@@ -241,7 +241,7 @@ def map_states(
     state: optax.OptState,
     kind: type | tuple[type, ...] = KINDS,
 ) -> optax.OptState:
-    """An optimizer's state with a function applied to those of some types in it."""
+    """Applies a function to the states of given types in an optimizer's state."""
     some_states(state, kind)
     return jax.tree.map(
         lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf,
@@ -251,7 +251,7 @@ def map_states(
 
 
 def read_moments(state: OptimizerState) -> tuple[optax.Updates, optax.Updates]:
-    """The trees m and u as numbers, in float32 at least."""
+    """Decodes the trees m and u, to at least float32."""
     u_scale, unit = scale_of(state), ratio_unit(state)
     stored_m, m_treedef = jax.tree.flatten(state.m)
     stored_u, u_treedef = jax.tree.flatten(state.u)
@@ -267,7 +267,7 @@ def read_moments(state: OptimizerState) -> tuple[optax.Updates, optax.Updates]:
 def read(
     stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike, unit: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """m and u of one leaf as numbers, in float32 at least."""
+    """Decodes m and u of one leaf, to at least float32."""
     mean, norm = formats(stored_m.dtype, stored_u.dtype)
     u = norm.read(stored_u, u_scale)
     return mean.read(stored_m, u, norm, unit), u
@@ -281,9 +281,10 @@ def stored_as(
     u_scale: ArrayLike = 1.0,
     unit: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """m and u of one leaf rounded to dtypes, each once, to nearest.
+    """Encodes m and u of one leaf in dtypes, rounding each once, to nearest.
 
-    Where u is beyond its dtype, both shrink, and the step is the same.
+    If u exceeds the max of its dtype, m and u are scaled down, so that the step is the
+    same.
     """
     mean, norm = formats(m_dtype, u_dtype)
     m, u = cast((m, u), arithmetic_dtype(m.dtype, u.dtype, m_dtype, u_dtype))
@@ -297,15 +298,15 @@ def stored_as(
 
 
 def ratio_unit(state: OptimizerState) -> float:
-    """What an m in int8 is stored in: it is a ratio to u times this."""
+    """The factor c of an m in int8, which is stored as m / (c u)."""
     return RATIO_UNIT if isinstance(state, ScaleByLpAdamState) else 1.0
 
 
 def _known_scale(state):
-    """u_scale, or 1 in its place where ``jax.tree.map(jnp.zeros_like, state)`` left 0.
+    """u_scale, or 1 if ``jax.tree.map(jnp.zeros_like, state)`` has made it 0.
 
-    As an update takes it. A known one is not computed with: it may lie in the memory of
-    the host. A u of the L^p family is not scaled.
+    An update does the same. A concrete u_scale is returned without any arithmetic,
+    since it may be in host memory. It is 1 for the L^p family, whose u is not scaled.
     """
     if isinstance(state, ScaleByLpAdamState):
         return np.ones([], np.float32)
@@ -317,7 +318,7 @@ def _known_scale(state):
 
 
 def _is_one(u_scale):
-    """Whether u_scale is known to be 1; that of a template is taken for it."""
+    """Whether u_scale is known to be 1; that of a template (abstract) counts as 1."""
     is_abstract = isinstance(u_scale, jax.ShapeDtypeStruct)
     return is_abstract or (
         is_known(u_scale) and bool(np.all(jax.device_get(u_scale) == 1))
@@ -325,14 +326,14 @@ def _is_one(u_scale):
 
 
 def scale_of(state: OptimizerState) -> Any:
-    """The scalar u_scale of a state."""
+    """The u_scale of a state. Raises ValueError if ``jax.vmap`` has stacked it."""
     u_scale = _check_single("u_scale", _known_scale(state))
     _check_single("count", unwrapped(state.count))
     return u_scale
 
 
 def _check_single(name, scalar):
-    """Returns a scalar of a state that is a single number."""
+    """Returns a scalar of a state. Raises ValueError if it has axes."""
     if scalar.ndim > 0:
         raise ValueError(
             f"The state is that of an ensemble: {name} has shape {scalar.shape}. "
@@ -342,13 +343,13 @@ def _check_single(name, scalar):
 
 
 def unwrapped(scalar: Any) -> jax.Array:
-    """The array in a scalar that may be wrapped, as Flax NNX does."""
+    """The array in a scalar, which Flax NNX may have put into a container."""
     (array,) = jax.tree.leaves(scalar)
     return array
 
 
 def _hint(state, kind):
-    """What to do with a state in which some type was looked for, and another is."""
+    """What an error adds if the state is Optax's, or this library's already."""
     if kind is optax.ScaleByAdamState and find_states(state):
         return " It is that of this library's optimizer already."
     if kind is KINDS and find_states(state, optax.ScaleByAdamState):
@@ -360,7 +361,7 @@ def _hint(state, kind):
 
 
 def _convert(state, m_dtype, u_dtype):
-    """One state, stored in other dtypes."""
+    """Converts one state to other dtypes."""
     m = jax.tree.leaves(state.m)
     u = jax.tree.leaves(state.u)
     if m_dtype is not None:
@@ -387,9 +388,9 @@ def _convert(state, m_dtype, u_dtype):
 
 
 def _rewrite(m, u, u_scale, unit, m_dtypes, like_u):
-    """Lists of m and u as stored in other dtypes, u in other shapes, and its scale.
+    """Stores lists of m and u in other dtypes, and u in other shapes, with its scale.
 
-    Each number is rounded once, or not at all where nothing changes.
+    Each number is rounded once, or not at all if nothing changes.
     """
     new_scale = u_scale
     is_scaled = any(NORMS[jnp.dtype(x.dtype).name].is_scaled for x in like_u)
@@ -412,7 +413,7 @@ def _rewrite(m, u, u_scale, unit, m_dtypes, like_u):
 
 
 def _kept(m, u, u_scale, target):
-    """The leaves, with the target's for None, stored beside another ``u_scale``."""
+    """Replaces None by the leaves of the target, stored with ``u_scale``."""
     if all(leaf is not None for leaf in (*m, *u)):
         return m, u
     _check_single("u_scale", u_scale)
@@ -434,7 +435,7 @@ def _kept(m, u, u_scale, target):
 def _leaves_like(target, given, fits, missing):
     """The given leaves in the order of the target's, found by their paths.
 
-    None where there is none, and ``missing`` allows it.
+    None if there is none and ``missing`` is "keep".
     """
     leaves = dict(jax.tree.leaves_with_path(given))
     find = path_finder(given, target)
@@ -475,30 +476,30 @@ def _is_masked(leaf):
 
 
 def _placed(leaves, like):
-    """A tree of copies that lie where the leaves of another lie."""
+    """A tree of copies of ``leaves``, with structure and shardings of ``like``."""
     old, treedef = jax.tree.flatten(like)
     return jax.tree.unflatten(treedef, map(place, leaves, old))
 
 
 def copied(tree: Any) -> Any:
-    """A tree of copies, where the arrays lie: either may be donated to ``jax.jit``."""
+    """Copies the arrays of a tree, so that either may be donated to ``jax.jit``."""
     return jax.tree.map(
         lambda x: x.copy() if isinstance(x, jax.Array | np.ndarray) else x, tree
     )
 
 
 def place(new: Any, old: Any) -> jax.Array:
-    """A copy that lies where the old array lies; inside of jax.jit, anywhere."""
+    """A copy with the sharding of the old array; inside of jax.jit, with any."""
     copy = jnp.array(new)
-    # Of a NumPy array, as of a state that was fetched, JAX chooses the place.
+    # If the old one is a NumPy array, as in a fetched state, JAX chooses the device.
     is_placed = isinstance(old, jax.Array) and not isinstance(old, Tracer)
     return jax.device_put(copy, old.sharding) if is_placed else copy
 
 
 def _set_counts(tree, count):
     """Sets the count of every schedule in a state."""
-    # The type of a wrapped schedule's state has no public name: one is made to ask for
-    # it. Not on import, since that would start the devices.
+    # The type of a wrapped schedule's state has no public name: an instance gives it.
+    # Not on import, since that would initialize the devices.
     types = (
         optax.ScaleByScheduleState,
         optax.InjectHyperparamsState,
@@ -512,7 +513,7 @@ def _set_counts(tree, count):
         fields = {
             name: _set_counts(value, count) for name, value in node._asdict().items()
         }
-        # Each its own copy: an array may be donated only once.
+        # A separate copy for each, since an array may be donated only once.
         fields["count"] = jax.tree.map(lambda old: place(count, old), node.count)
         return node._replace(**fields)
 
