@@ -66,9 +66,9 @@ class Diagnosis:
         """
         if limit < 0:
             raise ValueError(f"limit must be at least 0, got {limit}.")
-        columns = [np.asarray(self.table[name]) for name in ("rms", *_SHARES)]
-        rms, *shares = (np.max(x, axis=tuple(range(x.ndim - 1))) for x in columns)
-        score = np.where(np.isnan(rms), np.inf, np.max(shares, axis=0))
+        columns = [np.asarray(self.table[name]) for name in ("rms", *_FRACTIONS)]
+        rms, *fractions = (np.max(x, axis=tuple(range(x.ndim - 1))) for x in columns)
+        score = np.where(np.isnan(rms), np.inf, np.max(fractions, axis=0))
         order = np.argsort(-score, kind="stable")[:limit]
         return Diagnosis(
             total=self.total,
@@ -98,8 +98,8 @@ class Diagnosis:
         # Matplotlib typesets text between two dollar signs as mathematics.
         names = [_short(name).replace("$", r"\$") for name in ("total", *shown.names)]
         figure = Figure(figsize=(10, 1 + 0.22 * len(names)), layout="constrained")
-        panels = figure.subplots(1, 1 + len(_SHARES), sharey=True)
-        for axes, name in zip(panels, ("rms", *_SHARES), strict=True):
+        panels = figure.subplots(1, 1 + len(_FRACTIONS), sharey=True)
+        for axes, name in zip(panels, ("rms", *_FRACTIONS), strict=True):
             column = [float(self.total[name]), *np.asarray(shown.table[name])]
             axes.barh(range(len(names)), np.nan_to_num(column, nan=0), color="#0072b2")
             for row in np.flatnonzero(np.isnan(column)):
@@ -335,7 +335,7 @@ def _largest(x):
 
 
 def _over_all(columns):
-    return _put_together(
+    return _combined(
         columns,
         jnp.sum,
         functools.partial(jnp.max, initial=0),
@@ -348,7 +348,7 @@ def _over_groups(columns, groups):
     if not groups:
         return columns
     ids, size = jnp.array(groups), 1 + max(groups)
-    return _put_together(
+    return _combined(
         columns,
         functools.partial(jax.ops.segment_sum, segment_ids=ids, num_segments=size),
         functools.partial(jax.ops.segment_max, segment_ids=ids, num_segments=size),
@@ -356,7 +356,7 @@ def _over_groups(columns, groups):
     )
 
 
-def _put_together(columns, add, largest, smallest):
+def _combined(columns, add, largest, smallest):
     return _Sums(
         size=add(columns.size),
         squares=add(columns.squares),
@@ -399,4 +399,4 @@ _FORMATS = {
 }
 
 # Fractions that should be small.
-_SHARES = ("unseen", "stale", "saturated")
+_FRACTIONS = ("unseen", "stale", "saturated")

@@ -317,14 +317,14 @@ def _carry_of_each(dither, shift, bits):
     With one threshold for all, all of u would round up at once and all steps would be
     shorter. Multiples of the golden ratio are evenly spread (Weyl's sequence).
     """
-    place = zeros = zeros_in_the_kernel_of(bits)
+    threshold = zeros = zeros_in_the_kernel_of(bits)
     for axis in range(bits.ndim):
         index = zeros + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         step = _GOLDEN * math.prod(bits.shape[axis + 1 :]) % (1 << 32)
-        place += index * np.uint32(step)
+        threshold += index * np.uint32(step)
     # A sum modulo 1, in units of 2^-32. A dither has 24 bits.
-    place += (dither * 2.0**24).astype(jnp.uint32) << np.uint32(8)
-    return (place >> np.uint32(32 - shift)).astype(jnp.int32)
+    threshold += (dither * 2.0**24).astype(jnp.uint32) << np.uint32(8)
+    return (threshold >> np.uint32(32 - shift)).astype(jnp.int32)
 
 
 def _upper_half(magnitude, carry):

@@ -43,9 +43,9 @@ def from_optax(
       ``optax.scale_by_adam``.
 
     :doc:`coming_from` converts a state with both. m has the dtype of mu, or bfloat16 if
-    that has fewer than 32 bits. u is real, with the dtype of nu by the same rule, but at
-    least float32 for :func:`adam`. Use :func:`insert_state` next for an optimizer with
-    ``shared_axes``, :func:`convert_state` for other dtypes.
+    that has fewer than 32 bits. u is real and has the dtype of nu by the same rule, but
+    at least float32 for :func:`adam`. Next, use :func:`insert_state` if the optimizer
+    has ``shared_axes``, and :func:`convert_state` for other dtypes.
 
     Args:
       state: An ``optax.ScaleByAdamState``, or an optimizer's state that contains one or
@@ -247,7 +247,7 @@ def _adam_of_optax(state, b2):
     def root(nu):
         nu = nu.astype(arithmetic_dtype(nu.dtype))
         # At count 0 the correction is 0, but nu is too.
-        return jnp.sqrt(quotient(nu, _share_of_memory(state, b2, nu)))
+        return jnp.sqrt(quotient(nu, _bias_correction(state, b2, nu)))
 
     return ScaleByLpAdamState(count=state.count, m=m, u=jax.tree.map(root, nu))
 
@@ -259,18 +259,18 @@ def _trained(state):
     return mu, nu
 
 
-def _share_of_memory(state, b2, u):
+def _bias_correction(state, b2, u):
     """1 - b2^count, with u's shape. A stacked state has a count for each member."""
     count = unwrapped(state.count)
     t = jnp.asarray(count, u.dtype)
-    share = one_minus_power(b2, t).reshape(t.shape + (1,) * (u.ndim - t.ndim))
-    return jnp.broadcast_to(share, u.shape)
+    correction = one_minus_power(b2, t).reshape(t.shape + (1,) * (u.ndim - t.ndim))
+    return jnp.broadcast_to(correction, u.shape)
 
 
 def _to_scale_by_adam(state, b2):
     m, u = read_moments(state)
     if isinstance(state, ScaleByLpAdamState):
-        nu = jax.tree.map(lambda u: u**2 * _share_of_memory(state, b2, u), u)
+        nu = jax.tree.map(lambda u: u**2 * _bias_correction(state, b2, u), u)
     else:
         nu = jax.tree.map(lambda m, u: reshare(u, m.shape), m, u)
     return optax.ScaleByAdamState(count=state.count, mu=m, nu=nu)

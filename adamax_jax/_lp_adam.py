@@ -43,7 +43,7 @@ from adamax_jax._xla import as_rounded, larger, smaller
 # its product with any count is finite. In float32 the results are those of infinity.
 _INFINITE_ORDER = 1e28
 # Integer powers up to this one are computed by products, in half the time of exp, log.
-_LARGEST_PRODUCT = 64
+_MAX_PRODUCT = 64
 # In int8, m is stored as m / (8 u), for |m/u| up to 10.46. At p = 2 the bound is 5.15,
 # and 7.27 at Optax's rates. Scaling by a power of 2 is exact.
 RATIO_UNIT = 8.0
@@ -200,7 +200,7 @@ def scale_by_order(
     m_dtype = check_dtype("m_dtype", m_dtype, MEANS)
     u_dtype = check_dtype("u_dtype", u_dtype, NORMS)
     if m_dtype == jnp.int8:
-        bound = _longest_ratio(p, b1, b2, decay_power)
+        bound = _max_ratio(p, b1, b2, decay_power)
         limit = RATIO_UNIT * Int8Mean.LARGEST_RATIO
         check_bound(bound, limit, RATIO_UNIT, f"p={p}, b1={b1} and b2={b2}")
     # An eps inside is multiplied by a weight of the mean: the product may underflow.
@@ -476,7 +476,7 @@ def _weights(p, b2, decay_power, t):
     }
 
 
-def _longest_ratio(p, b1, b2, decay_power):
+def _max_ratio(p, b1, b2, decay_power):
     """The bound of |m/u| by Hölder's inequality; 0 if a number is traced."""
     if not all(isinstance(x, float) for x in (p, b1, b2)):
         return 0.0
@@ -553,7 +553,7 @@ def _power(x, p, known_p):
 
 def _known(p):
     """p as an integer, for code of its own, if it is small and whole; else None."""
-    is_whole = isinstance(p, float) and p <= _LARGEST_PRODUCT and p.is_integer()
+    is_whole = isinstance(p, float) and p <= _MAX_PRODUCT and p.is_integer()
     return int(p) if is_whole else None
 
 

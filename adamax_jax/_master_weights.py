@@ -15,7 +15,7 @@ from adamax_jax._checks import (
     is_array,
 )
 from adamax_jax._halves import is_half, join, split, step, threshold_of
-from adamax_jax._state import copied, map_states, place, some_states
+from adamax_jax._state import copied, map_states, put_like, some_states
 from adamax_jax._trees import leaves_beside, name_of, path_finder
 
 
@@ -258,10 +258,10 @@ def set_full_params(
             )
         residual_path, r = residuals.of(path, p)
         if r is None:
-            return place(jnp.asarray(x, jnp.result_type(p)), p)
+            return put_like(jnp.asarray(x, jnp.result_type(p)), p)
         new_p, new_r = split(jnp.asarray(x, jnp.float32), p.dtype, r.dtype)
-        new_residuals[residual_path] = place(new_r, r)
-        return place(new_p, p)
+        new_residuals[residual_path] = put_like(new_r, r)
+        return put_like(new_p, p)
 
     params = jax.tree_util.tree_map_with_path(half, params, full)
     residuals.check_all_were_used()

@@ -28,7 +28,9 @@ def within(x: jax.Array, largest: float) -> jax.Array:
     """Clips finite numbers to a magnitude; infinity and NaN stay."""
     if jnp.iscomplexobj(x):
         # Slightly less, since the modulus of a clipped number is rounded.
-        return _shortened(x, number((1 - 2.0**-20) * largest, jnp.real(x).dtype), 1.0)
+        return _clip_modulus(
+            x, number((1 - 2.0**-20) * largest, jnp.real(x).dtype), 1.0
+        )
     if largest >= float(jnp.finfo(x.dtype).max):
         return x
     is_beyond = (jnp.abs(x) > largest) & (jnp.abs(x) < jnp.inf)
@@ -38,11 +40,11 @@ def within(x: jax.Array, largest: float) -> jax.Array:
 def at_most(x: jax.Array, size: jax.Array) -> jax.Array:
     """Clips x to the magnitudes ``size``, real infinities too."""
     if jnp.iscomplexobj(x):
-        return _shortened(x, size, 1 + 2.0**-20)
+        return _clip_modulus(x, size, 1 + 2.0**-20)
     return clip(x, size)
 
 
-def _shortened(x, size, tolerance):
+def _clip_modulus(x, size, tolerance):
     """Clips the modulus of complex numbers and keeps their argument.
 
     A number with finite parts counts as finite, even if its modulus overflows. If
@@ -51,8 +53,8 @@ def _shortened(x, size, tolerance):
     # Adding zeros gives the shape and the sharding of both.
     half = jnp.abs(by_parts(lambda part: part / 2, x)) + jnp.zeros_like(size)
     is_beyond = jnp.isfinite(half) & (half > tolerance / 2 * size)
-    share = jnp.where(is_beyond, (size / 2) / jnp.where(is_beyond, half, 1), 1)
-    return by_parts(lambda part: part * share, x)
+    factor = jnp.where(is_beyond, (size / 2) / jnp.where(is_beyond, half, 1), 1)
+    return by_parts(lambda part: part * factor, x)
 
 
 def quotient(x: jax.Array, y: jax.Array, is_positive: bool = False) -> jax.Array:

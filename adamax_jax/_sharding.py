@@ -12,9 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamax_jax._checks import check_optimizer
 from adamax_jax._shared_axes import Shape, is_shared, spec_of_shared
-from adamax_jax._trees import ends_of, name_of
+from adamax_jax._trees import name_of, suffixes_of
 
-_MOST_NAMED = 10
+_MAX_NAMED = 10
 
 
 def zero_shardings(
@@ -89,7 +89,7 @@ def zero_shardings(
             f"{axis!r}."
         )
     is_explicit = mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Explicit
-    parameters = _parameters_by_end(params, mesh)
+    parameters = _parameters_by_suffix(params, mesh)
     unsharded = []
 
     def shard(path, leaf):
@@ -118,19 +118,19 @@ class _Parameter(NamedTuple):
     spec: PartitionSpec
 
 
-def _parameters_by_end(params, mesh):
+def _parameters_by_suffix(params, mesh):
     """A dictionary from path suffixes to the parameters with that suffix."""
-    by_end: dict[Any, list[_Parameter]] = {}
+    by_suffix: dict[Any, list[_Parameter]] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         parameter = _Parameter(path, jnp.shape(leaf), _own_spec(path, leaf, mesh))
         # Every path has the empty suffix: it is left out, unless the parameter is the
         # whole tree.
-        for end in ends_of(path)[: max(1, len(path))]:
-            by_end.setdefault(end, []).append(parameter)
-    return by_end
+        for suffix in suffixes_of(path)[: max(1, len(path))]:
+            by_suffix.setdefault(suffix, []).append(parameter)
+    return by_suffix
 
 
-def _parameter_of(path, shape, by_end):
+def _parameter_of(path, shape, by_suffix):
     """The parameter that an array of the state belongs to; None if there is none.
 
     It has the longest common path suffix. Of several, it is the one with the shortest
@@ -138,8 +138,8 @@ def _parameter_of(path, shape, by_end):
     twice and the state once. If none of these has a fitting shape, the array belongs to
     no parameter.
     """
-    end = next((end for end in ends_of(path) if end in by_end), None)
-    fitting = [p for p in by_end.get(end, []) if is_shared(shape, p.shape)]
+    suffix = next((suffix for suffix in suffixes_of(path) if suffix in by_suffix), None)
+    fitting = [p for p in by_suffix.get(suffix, []) if is_shared(shape, p.shape)]
     return min(fitting, key=lambda p: (len(p.path), p.shape != shape), default=None)
 
 
@@ -193,12 +193,12 @@ def _report(unsharded, state, mesh, axis, only_free):
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     part = sum(leaf.size * leaf.dtype.itemsize for _, leaf in unsharded)
     names = [f"{name_of(path)} {leaf.shape}" for path, leaf in unsharded]
-    more = len(names) - _MOST_NAMED
+    more = len(names) - _MAX_NAMED
     return (
         f"{part:,} of the optimizer state's {whole:,} bytes stay replicated over axis "
         f"{axis!r}, since {mesh.shape[axis]} divides no dimension"
         + (", of those that are not sharded already," if only_free else "")
         + " of "
-        + ", ".join(names[:_MOST_NAMED])
+        + ", ".join(names[:_MAX_NAMED])
         + (f" and {more} more." if more > 0 else ".")
     )

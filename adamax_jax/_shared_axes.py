@@ -98,19 +98,19 @@ def _axes_of(path, leaf, shared_axes):
     ndim = jnp.ndim(leaf)
     if ndim < 2:
         return ()
-    place = f" for the parameter at {name_of(path)}"
+    where = f" for the parameter at {name_of(path)}"
     axes = shared_axes(path, leaf) if callable(shared_axes) else shared_axes
-    axes = _integers(axes, place)
+    axes = _integers(axes, where)
     normal = tuple(axis % ndim for axis in axes)
     if any(not -ndim <= axis < ndim for axis in axes):
         raise ValueError(
-            f"shared_axes must be axes from {-ndim} to {ndim - 1}{place}, which has "
+            f"shared_axes must be axes from {-ndim} to {ndim - 1}{where}, which has "
             f"shape {jnp.shape(leaf)}, got {axes}. A function of the path and the "
             "parameter chooses them for each."
         )
     if len(set(normal)) < len(normal):
         raise ValueError(
-            f"shared_axes must be different axes{place}, which has shape "
+            f"shared_axes must be different axes{where}, which has shape "
             f"{jnp.shape(leaf)}, got {axes}."
         )
     return normal
@@ -122,7 +122,7 @@ def _differing(whole, shape):
     return tuple(axis for axis, (size, kept) in enumerate(sizes) if size != kept)
 
 
-def _integers(axes, place):
+def _integers(axes, where):
     if axes is None:
         return ()
     items: Any = axes if isinstance(axes, Sequence) else [axes]
@@ -133,7 +133,7 @@ def _integers(axes, place):
     except TypeError as error:
         raise TypeError(
             "shared_axes must be None, an integer, a tuple of integers or a function "
-            f"that returns one of these{place}, got {axes!r}. Inside "
+            f"that returns one of these{where}, got {axes!r}. Inside "
             "optax.inject_hyperparams, which makes arrays of numbers, pass that "
             'static_args="shared_axes".'
         ) from error

@@ -185,12 +185,12 @@ def insert_state(
         like_u=jax.tree.leaves(target.u),
     )
     inserted = target._replace(
-        count=_placed([count], target.count),
-        m=_placed(m, target.m),
-        u=_placed(u, target.u),
+        count=_all_put_like([count], target.count),
+        m=_all_put_like(m, target.m),
+        u=_all_put_like(u, target.u),
     )
     if isinstance(target, ScaleByAdamaxState):
-        u_scale = _placed([u_scale], target.u_scale)
+        u_scale = _all_put_like([u_scale], target.u_scale)
         inserted = inserted._replace(u_scale=u_scale)
     return copied(_set_counts(map_states(lambda _: inserted, state), count))
 
@@ -290,8 +290,8 @@ def stored_as(
     m, u = cast((m, u), arithmetic_dtype(m.dtype, u.dtype, m_dtype, u_dtype))
     largest = number(min(mean.largest, norm.largest), u.dtype)
     is_beyond = jnp.isfinite(u) & (u > largest)
-    share = jnp.where(is_beyond, largest / jnp.where(is_beyond, u, 1), 1)
-    m = by_parts(lambda part: part * share, m)
+    factor = jnp.where(is_beyond, largest / jnp.where(is_beyond, u, 1), 1)
+    m = by_parts(lambda part: part * factor, m)
     stored_u = norm.write(jnp.where(is_beyond, largest, u), u_scale)
     read_u = norm.read(stored_u, u_scale).astype(u.dtype)
     return mean.write(m, read_u, 0.5, unit), stored_u
@@ -440,7 +440,7 @@ def _leaves_like(target, given, fits, missing):
     leaves = dict(jax.tree.leaves_with_path(given))
     find = path_finder(given, target)
     found = []
-    for path, place in jax.tree.leaves_with_path(target):
+    for path, own in jax.tree.leaves_with_path(target):
         key = find(path)
         if key not in leaves:
             if missing == "keep":
@@ -451,10 +451,10 @@ def _leaves_like(target, given, fits, missing):
                 "missing='keep' what the optimizer's state has there stays."
             )
         leaf = leaves.pop(key)
-        if not fits(leaf.shape, place.shape):
+        if not fits(leaf.shape, own.shape):
             raise ValueError(
                 f"The state to insert has shape {leaf.shape} at {name_of(key)}, where "
-                f"the optimizer's has {place.shape}."
+                f"the optimizer's has {own.shape}."
             )
         found.append(leaf)
     masked = [
@@ -475,10 +475,10 @@ def _is_masked(leaf):
     return isinstance(leaf, optax.MaskedNode)
 
 
-def _placed(leaves, like):
+def _all_put_like(leaves, like):
     """A tree of copies of ``leaves``, with structure and shardings of ``like``."""
     old, treedef = jax.tree.flatten(like)
-    return jax.tree.unflatten(treedef, map(place, leaves, old))
+    return jax.tree.unflatten(treedef, map(put_like, leaves, old))
 
 
 def copied(tree: Any) -> Any:
@@ -488,7 +488,7 @@ def copied(tree: Any) -> Any:
     )
 
 
-def place(new: Any, old: Any) -> jax.Array:
+def put_like(new: Any, old: Any) -> jax.Array:
     """A copy with the sharding of the old array; inside of jax.jit, with any."""
     copy = jnp.array(new)
     # If the old one is a NumPy array, as in a fetched state, JAX chooses the device.
@@ -514,7 +514,7 @@ def _set_counts(tree, count):
             name: _set_counts(value, count) for name, value in node._asdict().items()
         }
         # A separate copy for each, since an array may be donated only once.
-        fields["count"] = jax.tree.map(lambda old: place(count, old), node.count)
+        fields["count"] = jax.tree.map(lambda old: put_like(count, old), node.count)
         return node._replace(**fields)
 
     return jax.tree.map(set_count, tree, is_leaf=lambda x: isinstance(x, types))

@@ -50,15 +50,15 @@ def dtypes_beside(params: Any, m: Any) -> list[Any]:
     The parameters may be missing, in other containers, or have functions where m has
     None, as in an Equinox model: arithmetic does not need them.
     """
-    places, treedef = jax.tree.flatten(m, is_leaf=_is_none)
+    m_leaves, treedef = jax.tree.flatten(m, is_leaf=_is_none)
     try:
         beside = treedef.flatten_up_to(params)
     except ValueError:
-        beside = [None] * len(places)
+        beside = [None] * len(m_leaves)
     return [
         dtype_of(p) if hasattr(p, "dtype") else None
-        for place, p in zip(places, beside, strict=True)
-        if place is not None
+        for leaf, p in zip(m_leaves, beside, strict=True)
+        if leaf is not None
     ]
 
 
@@ -122,7 +122,7 @@ def is_inside(path: Any, other: Any) -> bool:
     return path[: len(other)] == other
 
 
-def ends_of(path: Any) -> list[Any]:
+def suffixes_of(path: Any) -> list[Any]:
     """The suffixes of a path, the longest, which is the path itself, first."""
     return [path[start:] for start in range(len(path) + 1)]
 
