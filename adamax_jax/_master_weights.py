@@ -61,10 +61,11 @@ def master_weights(
     of 6. :doc:`how_it_works` has their exact range, and what happens if other code
     changes p.
 
-    Put this wrapper around everything that changes updates: ``optax.chain``,
-    ``apply_if_finite``, ``lookahead``, ``schedule_free``. Only ``optax.masked``,
-    ``partition``, ``MultiSteps``, and a ``chain`` in which it is the last, may go
-    around it. Undo loss scaling inside: ``master_weights(optax.chain(optax.scale(1 /
+    Put this wrapper around everything that changes updates: ``apply_if_finite``,
+    ``lookahead``, ``schedule_free``, and a ``chain`` that does so after the optimizer.
+    Only ``optax.masked``, ``partition``, ``MultiSteps``, and a ``chain`` in which the
+    wrapper is the last part, such as one that clips gradients, may go around it. Undo
+    loss scaling inside, in float32: ``master_weights(optax.chain(optax.scale(1 /
     scale), optimizer))``.
 
     Args:
