@@ -1,4 +1,7 @@
-"""From Adam to AdaMax for JAX, in few bytes, as Optax transformations."""
+"""From Adam to AdaMax for JAX, in few bytes, as Optax transformations.
+
+In docstrings ``:doc:`name``` is the page or notebook ``notebooks/name``.
+"""
 
 from importlib.metadata import version
 
@@ -6,10 +9,10 @@ from importlib.metadata import version
 from adamax_jax._adam import adam, adamw, scale_by_adam
 from adamax_jax._adamax import ScaleByAdamaxState, adamax, adamaxw, scale_by_adamax
 
-# Figures of a state.
+# Diagnostics.
 from adamax_jax._diagnose import Diagnosis, diagnose
 
-# States of other libraries.
+# Interoperability.
 from adamax_jax._interop import from_optax, from_torch, to_optax
 from adamax_jax._lp_adam import (
     ScaleByLpAdamState,
@@ -26,10 +29,10 @@ from adamax_jax._master_weights import (
     set_full_params,
 )
 
-# A state on many devices.
+# A sharded state.
 from adamax_jax._sharding import zero_shardings
 
-# A state: read, stored otherwise, put into an optimizer.
+# Reads, converts and inserts a state.
 from adamax_jax._state import convert_state, insert_state, moments
 
 __version__ = version("adamax_jax")

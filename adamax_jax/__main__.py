@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt:
-        # Before there was anything to save.
+        # There is nothing to save yet.
         return 130
 
 
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     sys.unraisablehook = _interrupt_again
     status = main()
     if status == 130:
-        # At once: XLA may still be computing, and would crash as Python ends.
+        # Exits at once: XLA may still be computing, and would crash as Python ends.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

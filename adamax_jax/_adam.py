@@ -23,55 +23,57 @@ def scale_by_adam(
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam's direction, as ``optax.scale_by_adam``, with a state of 2 to 8 bytes.
+    r"""Rescales gradients as ``optax.scale_by_adam``, in 2 to 8 bytes per parameter.
 
-    With ``g_t`` the gradient at step t = 1, 2, ... and ``m_0 = u_0 = 0``, element by
-    element,
+    Elementwise, with :math:`g_t` the gradient at step t >= 1 and :math:`m_0 = u_0 = 0`:
 
-    ::
+    .. math::
 
-      m_t = b1 * m_{t-1} + (1 - b1) * g_t
-      w_t = (1 - b2) / (1 - b2^t)
-      u_t = sqrt((1 - w_t) * u_{t-1}^2 + w_t * g_t^2)
-      update_t = m_t / (1 - b1^t) / (sqrt(u_t^2 + eps_root) + eps)
+      m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+      w_t &= (1 - \beta_2) / (1 - \beta_2^t) \\
+      u_t &= \sqrt{(1 - w_t) u_{t-1}^2 + w_t g_t^2} \\
+      \mathrm{update}_t &= \frac{m_t}{(1 - \beta_1^t)
+      (\sqrt{u_t^2 + \varepsilon_\mathrm{root}} + \varepsilon)}
 
-    ``u_t^2`` is Adam's second moment after its bias correction, ``v_t / (1 - b2^t)``.
-    In float32 the updates are Optax's to rounding, while ``b2`` is constant; where it
-    changes, u remains a mean whose weights add up to 1, unlike Optax's. No square
-    overflows or vanishes: u has the range of its dtype, not the root of that.
+    :math:`u_t^2` is Adam's second moment after its bias correction. With a constant
+    ``b2`` the float32 updates are Optax's to rounding; if ``b2`` changes, the weights
+    in u still add up to 1, unlike Optax's. No square overflows or underflows: u has the
+    range of its dtype, not the root of that. ``b1``, ``b2``, ``eps`` and ``eps_root``
+    may be traced scalars, as in ``optax.inject_hyperparams``.
 
-    Below 32 bits u is rounded up or down without bias, which is noise (see
-    :func:`scale_by_lp_adam`, of which this is p = 2). Complex gradients, None,
-    parameters without gradients and dtypes of updates are as there.
+    Below 32 bits m and u are rounded without bias, which is noise: :doc:`how_it_works`
+    has its size, and what dtypes, complex gradients and None do.
 
     Args:
-      b1: Decay rate of the mean of the gradients, in [0, 1).
-      b2: Decay rate of the mean of their squares, in [0, 1): Optax's, the square of
-        that of :func:`scale_by_lp_adam`.
-      eps: Floor of the denominator, in the gradient's unit; at least 0. With ``eps=0``
-        0/0 is 0.
-      eps_root: Added to the mean of the squares, in the unit of a squared gradient; at
-        least 0. (Derivatives through an update do not need it here.)
-      mu_dtype: Optax's name of ``m_dtype``.
-      nesterov: Whether to look one step ahead in the mean, as in Optax.
-      m_dtype: What m is stored in: None for the parameter's own dtype (bfloat16 where
-        that has fewer than 32 bits), "float64", "float32", "bfloat16" or, as its ratio
-        to 8 u, "int8", for m/u up to 10.46. Its bound is ``(1 - b1) / sqrt((1 - b2) *
-        (1 - b1^2 / b2))``, 7.27 at the default rates; a ValueError is raised where it
-        is above that, as for ``b1=0.5``, unless the rates are traced.
-      u_dtype: What u is stored in: None for float32, or float64 where the parameter
-        is; "float64", "float32", "bfloat16" or "uint8".
-
-    ``b1``, ``b2``, ``eps`` and ``eps_root`` may be traced scalars, as those of
-    ``optax.inject_hyperparams``.
+      b1: Decay rate of m, in [0, 1).
+      b2: Decay rate of the mean of squared gradients, in [0, 1), as in Optax.
+      eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
+        0/0 is 0: a coordinate whose gradients were all 0 does not move.
+      eps_root: Added to u^2 under the root, in the unit of a squared gradient, at least
+        0. Finite derivatives through an update do not need it here.
+      mu_dtype: Optax's name of ``m_dtype``; give one of the two.
+      nesterov: Whether to use Nesterov momentum, as in ``optax.adam``.
+      m_dtype: What m is stored in: None for the parameter's dtype (bfloat16 if that has
+        fewer than 32 bits), "float64", "float32", "bfloat16", or "int8" as m / (8 u),
+        for ``|m/u|`` up to 10.46. Its bound, 7.27 at the default rates, is
+        ``(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))``.
+      u_dtype: What u is stored in: None for float32 (float64 if the parameter is),
+        "float64", "float32", "bfloat16", or "uint8" (4 codes per octave from 4.7e-10 to
+        3.2e9).
 
     Returns:
       A transformation whose state is a :class:`ScaleByLpAdamState`. :func:`from_optax`
-      makes one of a running Adam's, :func:`convert_state` stores it in other dtypes.
+      makes that of a running Adam, :func:`convert_state` stores it in other dtypes.
+      Updates have the gradients' shapes and dtypes, or the dtypes of parameters that
+      have more bits.
 
     Raises:
-      ValueError, TypeError: As :func:`scale_by_lp_adam`; ValueError also if
-        ``eps_root`` is negative, or both ``mu_dtype`` and ``m_dtype`` are given.
+      ValueError: If a hyperparameter is out of range or a dtype is not listed above,
+        the bound exceeds 10.46 with int8 (not checked if traced), or both ``mu_dtype``
+        and ``m_dtype`` are given; by ``init`` and ``update``, as
+        :func:`scale_by_lp_adam`.
+      TypeError: If an argument has a wrong type; by ``init`` and ``update``, as
+        :func:`scale_by_lp_adam`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -100,7 +102,7 @@ def scale_by_adam(
         b1,
         b2,
         eps,
-        # u^2 decays by b2.
+        # b2 is the decay rate of u^2.
         decay_power=0.5,
         eps_root=eps_root,
         nesterov=nesterov,
@@ -122,30 +124,47 @@ def adam(
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam, in the place of ``optax.adam``, with a state of 2 to 8 bytes per parameter.
+    r"""Adam with the arguments of ``optax.adam`` and a state of 2 to 8 bytes.
 
-    ::
+    With :math:`\theta_t` the parameter, :math:`\alpha` the learning rate, and m and u
+    as in :func:`scale_by_adam`:
 
-      theta_t = theta_{t-1} - learning_rate * m_t / (1 - b1^t) / (u_t + eps)
+    .. math::
 
-    with m and u as in :func:`scale_by_adam`.
+      \theta_t = \theta_{t-1} - \frac{\alpha m_t}{(1 - \beta_1^t)
+      (\sqrt{u_t^2 + \varepsilon_\mathrm{root}} + \varepsilon)}
+
+    The positional arguments are those of ``optax.adam``.
 
     Args:
-      learning_rate: A number, a scalar array, or a schedule from the count of updates,
-        starting at 0.
-      b1, b2, eps, eps_root, mu_dtype, nesterov: As in ``optax.adam``.
-      m_dtype: What m is stored in, as in :func:`scale_by_adam`: "int8" for one byte.
-      u_dtype: What u is stored in, as in :func:`scale_by_adam`: "uint8" for one byte,
-        "bfloat16" for two.
+      learning_rate: A number, a scalar array, or a schedule (a function of the count of
+        updates, which starts at 0).
+      b1: Decay rate of m, in [0, 1).
+      b2: Decay rate of the mean of squared gradients, in [0, 1), as in Optax.
+      eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
+        0/0 is 0: a coordinate whose gradients were all 0 does not move.
+      eps_root: Added to u^2 under the root, in the unit of a squared gradient, at least
+        0. Finite derivatives through an update do not need it here.
+      mu_dtype: Optax's name of ``m_dtype``; give one of the two.
+      nesterov: Whether to use Nesterov momentum, as in ``optax.adam``.
+      m_dtype: What m is stored in: None for the parameter's dtype (bfloat16 if that has
+        fewer than 32 bits), "float64", "float32", "bfloat16", or "int8" for one byte
+        (needs a bound of ``|m/u|`` below 10.46, not checked if a rate is traced).
+      u_dtype: What u is stored in: None for float32 (float64 if the parameter is),
+        "float64", "float32", "bfloat16", or "uint8" for one byte.
 
     Returns:
-      An optimizer whose updates are to be added to the parameters
-      (``optax.apply_updates``). Its state is a tuple whose first item is a
-      :class:`ScaleByLpAdamState`.
+      An optimizer whose updates are to be added to the parameters, as
+      ``optax.apply_updates`` does. They have the gradients' shapes and dtypes, or the
+      dtypes of parameters that have more bits. Its state is a tuple whose first item is
+      a :class:`ScaleByLpAdamState`.
 
     Raises:
-      ValueError, TypeError: As :func:`scale_by_adam`; also if ``learning_rate`` is not
-        a finite number, a scalar array or a schedule.
+      ValueError: If a hyperparameter is out of range or a dtype is not listed above,
+        m/u may exceed what int8 holds, or both ``mu_dtype`` and ``m_dtype`` are given;
+        by ``init`` and ``update``, as :func:`scale_by_lp_adam`.
+      TypeError: If an argument has a wrong type; by ``init`` and ``update``, as
+        :func:`scale_by_lp_adam`.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -158,7 +177,8 @@ def adam(
       [0.9, -1.9]
 
     References:
-      As of :func:`scale_by_adam`.
+      Kingma and Ba, `Adam: A Method for Stochastic Optimization
+      <https://arxiv.org/abs/1412.6980>`_, 2014.
     """
     scale = scale_by_adam(
         b1,
@@ -187,29 +207,49 @@ def adamw(
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW, in the place of ``optax.adamw``, with 2 to 8 bytes per parameter.
+    r"""AdamW with the arguments of ``optax.adamw`` and a state of 2 to 8 bytes.
 
-    ::
+    With :math:`\lambda` the weight decay, and m and u as in :func:`scale_by_adam`:
 
-      theta_t = theta_{t-1} - learning_rate * (
-        m_t / (1 - b1^t) / (u_t + eps) + weight_decay * theta_{t-1}
-      )
+    .. math::
 
-    with m and u as in :func:`scale_by_adam`, which the weight decay never enters.
+      \theta_t = \theta_{t-1} - \alpha \left( \frac{m_t}{(1 - \beta_1^t)
+      (\sqrt{u_t^2 + \varepsilon_\mathrm{root}} + \varepsilon)}
+      + \lambda \theta_{t-1} \right)
+
+    The positional arguments are those of ``optax.adamw``.
 
     Args:
-      learning_rate: As in :func:`adam`; it multiplies the weight decay as well.
-      b1, b2, eps, eps_root, mu_dtype, nesterov: As in ``optax.adamw``.
-      weight_decay: As in :func:`adamaxw`.
-      mask: Which parameters decay, as in :func:`adamaxw`.
-      m_dtype, u_dtype: As in :func:`adam`.
+      learning_rate: A number, a scalar array, or a schedule (a function of the count of
+        updates, which starts at 0). It multiplies the weight decay too.
+      b1: Decay rate of m, in [0, 1).
+      b2: Decay rate of the mean of squared gradients, in [0, 1), as in Optax.
+      eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
+        0/0 is 0: a coordinate whose gradients were all 0 does not move.
+      eps_root: Added to u^2 under the root, in the unit of a squared gradient, at least
+        0. Finite derivatives through an update do not need it here.
+      mu_dtype: Optax's name of ``m_dtype``; give one of the two.
+      weight_decay: The fraction of a parameter that a step at learning rate 1 removes:
+        a number, a scalar array, or a schedule.
+      mask: Which parameters decay: a tree of booleans like the parameters, a prefix of
+        it, or a function of the parameters that returns one; None for all. Pass
+        ``static_args="mask"`` to ``optax.inject_hyperparams``.
+      nesterov: Whether to use Nesterov momentum, as in ``optax.adam``.
+      m_dtype: What m is stored in: None for the parameter's dtype (bfloat16 if that has
+        fewer than 32 bits), "float64", "float32", "bfloat16", or "int8" for one byte
+        (needs a bound of ``|m/u|`` below 10.46, not checked if a rate is traced).
+      u_dtype: What u is stored in: None for float32 (float64 if the parameter is),
+        "float64", "float32", "bfloat16", or "uint8" for one byte.
 
     Returns:
-      An optimizer as :func:`adam` returns; its ``update`` needs the parameters.
+      An optimizer as :func:`adam` returns. Its ``update`` needs the parameters.
 
     Raises:
-      ValueError, TypeError: As :func:`adam`; ValueError also by ``update`` without
-        parameters, or with parameters of another shape than the gradients.
+      ValueError: As :func:`adam`; also by ``update``, without parameters, if their
+        shapes are not those of the gradients, or if ``mask`` is False or has another
+        structure.
+      TypeError: As :func:`adam`; also by ``update``, if ``mask`` holds anything but
+        booleans.
 
     Examples:
       >>> import jax, jax.numpy as jnp

@@ -50,14 +50,14 @@ class ScaleByAdamaxState(NamedTuple):
 
     Attributes:
       count: The number of updates so far; int32 scalar.
-      m: The moving average of the gradients: a tree of the parameters' structure and
-        shapes, None where a parameter has no gradients. In int8 it holds m/u: averages
-        of it over several states are none (``notebooks/checkpoints.md``).
-      u: The exponentially weighted infinity norm of the gradients: the same, real
-        also where the parameters are complex, and of size 1 along axes that share it.
-        Below 32 bits it holds u / u_scale.
-      u_scale: The decay of u that is not in the stored numbers yet; float32 scalar in
-        [1, 2), 1 where all of u has 32 bits or more.
+      m: The moving average of the gradients: a tree with the parameters' structure and
+        shapes, None where a parameter has no gradients. In int8 it holds m/u, which
+        must not be averaged over several states (:doc:`checkpoints`).
+      u: The exponentially weighted infinity norm of the gradients: a tree like m. It is
+        real where parameters are complex, and has size 1 along shared axes. Below 32
+        bits it holds ``u / u_scale``.
+      u_scale: The part of u's decay that is not in the stored u; float32 scalar in
+        [1, 2). It is 1 if no u is stored below 32 bits.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -66,7 +66,7 @@ class ScaleByAdamaxState(NamedTuple):
     u_scale: jax.Array
 
 
-# A pickle names this place, whatever file the class moves to.
+# Pickles refer to this module, even if the class moves to another file.
 ScaleByAdamaxState.__module__ = "adamax_jax"
 
 
@@ -82,171 +82,66 @@ def scale_by_adamax(
     u_dtype: DTypeLike | None = None,
     shared_axes: SharedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Rescales gradients by AdaMax: momentum divided by a decayed maximum.
+    r"""Rescales gradients by AdaMax: momentum divided by a decayed maximum.
 
-    With ``g_t`` the gradient at step t = 1, 2, ... and ``m_0 = u_0 = 0``, element by
-    element,
+    Elementwise, with :math:`g_t` the gradient at step t >= 1 and :math:`m_0 = u_0 = 0`:
 
-    ::
+    .. math::
 
-      m_t = b1 * m_{t-1} + (1 - b1) * g_t
-      u_t = max(b2 * u_{t-1}, |g_t| + eps)
-      update_t = m_t / ((1 - b1^t) * u_t)
+      m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+      u_t &= \max(\beta_2 u_{t-1}, |g_t| + \varepsilon) \\
+      \mathrm{update}_t &= m_t / ((1 - \beta_1^t) u_t)
 
-    An update is dimensionless, and for ``b1 < b2`` never exceeds in
-    magnitude ::
+    With ``max_growth`` = k, where :math:`u_{t-1} > 2 \varepsilon`:
 
-      (1 - b1) / (1 - b1^t) * (1 - (b1 / b2)^t) / (1 - b1 / b2)
-        <= (1 - b1) / (1 - b1 / b2)
+    .. math::
 
-    which is 1 at the first step and tends to 1.0091 at the defaults (the bound holds
-    for ``nesterov=False``). The update points uphill; :func:`adamax` turns it around
-    and multiplies it by a learning rate.
+      u_t &= \max(\beta_2 u_{t-1}, \min(|g_t| + \varepsilon, k u_{t-1})) \\
+      m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \min(1, u_t / |g_t|)
 
-    Arithmetic is done in float32, or float64 where the state or the gradient is. The
-    update has the gradient's dtype; but beside a parameter of more bits, if ``update``
-    is given the parameters, that of the parameter, since float16 would round small
-    learning rates to 0. (As in Optax, ``optax.apply_if_finite`` and others that return
-    either updates or zeros like the gradients then need gradients in the parameters'
-    dtype: cast them before.) Complex gradients count by their modulus. A gradient of
-    ``None`` leaves that part of the state as it is, or counts as zero where u is stored
-    below 32 bits, since that decays with all the others. Integer, boolean and
-    key parameters are allowed: their state and update are None, and their gradients
-    must be. ``optax.apply_updates`` does not take None for an update: use
-    ``eqx.apply_updates``, or leave such parameters out.
+    The update has the sign of m and no unit; :func:`adamax` multiplies it by
+    ``-learning_rate``. For ``b1 < b2`` and without Nesterov momentum its magnitude is
+    at most ``(1 - b1) / (1 - b1 / b2)``, 1.0091 at the defaults. With ``max_growth``, u
+    settles where a fraction s of gradients is clipped, ``s ln k = (1 - s)(-ln b2)``:
+    9.5 % at ``b2=0.99`` and k = 1.1, 1.4 % at k = 2. The mean of skewed gradients is
+    biased by it.
 
-    **Bounded growth.** One gradient of k times the usual size holds a coordinate back
-    for ``ln(k) / (1 - b2)`` steps, until u has forgotten it. With ``max_growth`` u
-    grows by at most this factor in one step, and m sees of a gradient no more than u
-    does::
-
-      u_t = max(b2 * u_{t-1}, min(|g_t| + eps, max_growth * u_{t-1}))
-      m_t = b1 * m_{t-1} + (1 - b1) * g_t * min(1, u_t / |g_t|)
-
-    where ``u_{t-1} > 2 * eps``, with u_t as it is stored. The bound above holds. A u
-    of at most ``2 * eps``, or at the smallest number of its dtype, takes any gradient:
-    it has seen none yet, or none for so long that it has decayed. So ``eps`` must be
-    well below the gradients: where they are smaller, nothing is bounded. An infinite
-    gradient is cut off as well, unless u takes any or it is complex; NaN is not.
-
-    So u does not follow the maximum of the gradients but a quantile: where a share s of
-    them raises u by the factor and the others lie below u, it stands still if
-    ``s ln(max_growth) = -(1 - s) ln(b2)``. At ``b2=0.99, max_growth=1.1`` this share is
-    10 %. Where fewer gradients than that differ from 0, as of rare words, u decays, and
-    steps tell little more than the sign.
-
-    The factor is exact in float32 and float64. In bfloat16 it is 1 + 2^-7 at least, a
-    step of its numbers, and u is rounded to nearest. In uint8 u grows by whole codes,
-    of which a factor of 2 is exactly 4: by the most codes that stay within the factor,
-    and by one at least, or it could not grow at all. For ``max_growth=1.1`` that is one
-    code, 14 to 25 % before the decay of the step, so that u follows a higher quantile
-    (about 6 %).
-
-    **Storage.** Rounding commutes with a maximum. So ``u`` can be stored in few bytes
-    without drift: each stored number is the exact one rounded once, at any age, and the
-    decay is exact, as long as u / u_scale is a normal number of the dtype. Gradients
-    above its largest number count as that, for m as for u; u below its smallest counts
-    as that. An m below 32 bits is an average and cannot be exact. It is rounded up or
-    down in proportion to its place between two numbers, by a hash of ``count``, without
-    random keys: so it has no bias, small means are not lost, and when gradients stop
-    it decays to 0. The step uses the stored, rounded values, so that it always matches
-    the state. So rounding lengthens steps a little: beside a wide u the longest seen
-    at the default rates, where the bound is 1.0091, were 1.04 in bfloat16 and 1.10 in
-    int8. What rounding may take off a uint8 u adds a factor of 1.14, but none with
-    ``max_growth``, which cuts gradients off at the rounded u.
-    Derivatives of a step are those before that rounding. Through the state they pass
-    where it is stored in floats; int8 and uint8 are constants there, so differentiate
-    through several steps with floats alone. A state that was cast is not what it was,
-    and is refused where that can be seen: :func:`convert_state` stores it in other
-    dtypes.
-
-    **Sharing u.** With ``shared_axes`` one u stands for each slice S of a parameter
-    along these axes, ::
-
-      u_t = max(b2 * u_{t-1}, max over j in S of |g_{t,j}| + eps)
-
-    and being a maximum of maxima, it is the largest of the slice's element-wise u, to
-    the bit, and but for the rounding of m no step is longer than the element-wise one
-    (both without ``max_growth``). The bound above holds. It keeps size 1 along these
-    axes, and where it is left, 4 bytes for each row of a matrix are little: with m in
-    int8 the state has one byte per parameter. The update reads from the state's
-    shapes which axes are shared, but it refuses a state that shares none where the
-    optimizer shares some, or the other way round; ``optax.flatten`` leaves none. Where
-    parameters are sharded along a shared axis, the maximum is all that devices
-    exchange; in ``jax.shard_map`` each would take the maximum over its own part, and
-    Flax's partitioning metadata, which u inherits, cannot be met by its size of 1:
-    shard along other axes there.
-
-    **Not-a-number and infinity** (unless ``max_growth`` cuts it off) are
-    carried by the update in every storage, and kept by the state, so that the
-    coordinate stays NaN (or infinite); only a uint8 u becomes
-    its largest number. A shared u hands that on to its whole slice (a NaN not always
-    across devices, whose exchange may drop it): beside an infinite one, or the largest
-    of uint8, the other coordinates do not move. To leave the state untouched by such a
-    gradient, wrap the optimizer in ``optax.apply_if_finite``.
+    Below 32 bits u does not drift and m is rounded without bias. More on storage,
+    dtypes, complex gradients and None: :doc:`how_it_works`; NaN and infinity:
+    :doc:`faults`.
 
     Args:
-      b1: Decay rate of the mean of the gradients, in [0, 1).
-      b2: Decay rate of the maximum of the gradients, in [0, 1).
-      eps: Floor of the denominator, in the gradient's unit; at least 0. With ``eps=0``
-        the rule is the paper's, and 0/0 is 0: a coordinate that never saw a gradient
-        does not move.
-      nesterov: Whether to look one step ahead in the mean (NadaMax), as
-        ``optax.adam(nesterov=True)`` does.
-      eps_inside: Whether ``eps`` is added inside the maximum, as above and in Optax
-        and PyTorch, or to the denominator, ``m_t / ((1 - b1^t) * (u_t + eps))`` with
-        ``u_t = max(b2 * u_{t-1}, |g_t|)``, as in Keras, TensorFlow and MLX. True by
-        default, since this takes the place of ``optax.scale_by_adamax``; False in
-        :func:`scale_by_lp_adam`, which takes that of ``optax.scale_by_adam``.
-      max_growth: The largest factor by which u grows in one step, above 1 (also as
-        float32 rounds it); None for no bound, as in the paper and in Optax.
-      m_dtype: What m is stored in: None for the parameter's own dtype (bfloat16 where
-        that has fewer than 32 bits), "float64", "float32", "bfloat16" or, as its ratio
-        to u, "int8" (which needs ``b1 < b2``, not checked for traced numbers). In int8
-        a ratio is cut off at 1.3 on either side of 0. The bound above exceeds that from
-        ``b1 = 0.996`` up at the default ``b2`` and from ``b2 = 0.975`` down at the
-        default ``b1``; gradients of training were not seen to
-        (``notebooks/07_memory.ipynb``). Codes of int8 are 2.4e-4 apart at 0, and from
-        there on 3 to 6 % of their sum with 0.005.
-      u_dtype: What u is stored in: None as for m, "float64", "float32", "bfloat16" or
-        "uint8": 4 codes per octave, with a relative error of at most 1/9, from 4.7e-10
-        to 3.2e9. Values are clamped to this range; code 0 is a coordinate without any
-        gradient, where ``eps`` is not inside.
-      shared_axes: Along which axes u is shared: None for none, an integer or a tuple of
-        them (negative ones count from the last), or a function of the parameter's path
-        (as of ``jax.tree_util.tree_map_with_path``) and the parameter that returns one
-        of these. Parameters with fewer than two axes stay element-wise. With
-        ``optax.inject_hyperparams`` pass that ``static_args="shared_axes"``. For
-        Flax's kernels, (inputs, outputs), -1 has trained transformers best (-2 for
-        Equinox's weights, which are transposed); where units may be silent for long,
-        share along the inputs, so that each has a u of its own. The learning rate is up
-        to 4 times the element-wise one, so search from twice that upwards. Warm it up,
-        since one large early gradient holds up a whole slice, and leave embeddings with
-        rare rows out. In ``notebooks/04_one_byte.ipynb`` it was, with warm-up, as good
-        as element-wise AdaMax, and up to 2 % behind Adam.
-
-    ``b1``, ``b2``, ``eps`` and ``max_growth`` may be traced scalars, for instance those
-    of ``optax.inject_hyperparams`` (with half-precision parameters pass that
-    ``hyperparam_dtype=jnp.float32``: in bfloat16 ``b2=0.999`` is 1); only Python and
-    NumPy numbers are range-checked.
+      b1: Decay rate of m, in [0, 1).
+      b2: Decay rate of u, in [0, 1).
+      eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
+        0/0 is 0: a coordinate whose gradients were all 0 does not move.
+      nesterov: Whether to use Nesterov momentum (NadaMax), as in ``optax.adam``.
+      eps_inside: True adds ``eps`` to ``|g|`` inside the maximum, as in Optax and
+        PyTorch; False adds it to u in the denominator, as in Keras, TensorFlow and MLX.
+      max_growth: Max factor by which u grows in one step, above 1 (also in float32); m
+        sees gradients clipped to u. None for no bound, as in the paper and in Optax.
+      m_dtype: What m is stored in: None for the parameter's dtype (bfloat16 if that has
+        fewer than 32 bits), "float64", "float32", "bfloat16", or "int8" (as m/u,
+        clipped to 1.3 in magnitude; needs ``b1 < b2``, not checked if they are traced).
+      u_dtype: What u is stored in: None as for m, "float64", "float32", "bfloat16", or
+        "uint8" (4 codes per octave from 4.7e-10 to 3.2e9, relative error at most 1/9).
+      shared_axes: Axes along which one u is shared, in parameters with two axes or
+        more: None, an integer, a tuple, or a function of the parameter's path and the
+        parameter that returns one of these.
 
     Returns:
-      A transformation whose state is a :class:`ScaleByAdamaxState`.
+      A transformation whose state is a :class:`ScaleByAdamaxState`. Updates have the
+      gradients' shapes and dtypes, or the dtypes of parameters that have more bits.
 
     Raises:
-      ValueError: If ``b1`` or ``b2`` is outside [0, 1), ``eps`` is negative or not
-        finite, ``max_growth`` is not above 1 or not finite, a dtype is not one of those
-        above, or m in int8 meets ``b1 >= b2``; by ``init``, if a parameter does not
-        have the ``shared_axes`` or has one twice, or a decay rate is 1 in the precision
-        of a parameter; by ``update``, if the gradients differ from the state in tree
-        structure or shape, or u from what ``shared_axes`` make of it.
-      TypeError: If a hyperparameter is not a number or a scalar array of at least 32
-        bits, ``m_dtype`` or ``u_dtype`` is not a dtype, or ``shared_axes`` are not
-        integers; by ``init``, if a parameter is not an array, has no negative numbers,
-        or is complex where ``m_dtype`` has no complex counterpart; by ``update``, if a
-        gradient is neither floating-point nor complex, if it is complex where the
-        parameter is real or the other way round, or if the state is of another type or
-        in other dtypes than ``init`` makes.
+      ValueError: If a hyperparameter (not a traced one) is out of range or a dtype is
+        not listed above; by ``init``, if a parameter lacks a shared axis, a decay rate
+        rounds to 1, or float64 is not enabled; by ``update``, if structures or shapes
+        of gradients and state differ, or u is not shared along ``shared_axes``.
+      TypeError: If an argument has a wrong type or a hyperparameter fewer than 32 bits;
+        by ``init``, if a parameter is no array, or m cannot be stored for its dtype; by
+        ``update``, if a gradient is an integer, or complex where the parameter is real
+        or vice versa, or if the state has another type or other dtypes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -260,9 +155,8 @@ def scale_by_adamax(
 
     References:
       Kingma and Ba, `Adam: A Method for Stochastic Optimization
-      <https://arxiv.org/abs/1412.6980>`_, 2014. Nesterov: Dozat, `Incorporating
-      Nesterov Momentum into Adam
-      <https://openreview.net/pdf?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016.
+      <https://arxiv.org/abs/1412.6980>`_, 2014. Dozat, `Incorporating Nesterov Momentum
+      into Adam <https://openreview.net/pdf?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016.
     """
     b1 = check_decay("b1", b1)
     b2 = check_decay("b2", b2)
@@ -324,7 +218,7 @@ def scale_by_adamax(
             next_u_scale=next_u_scale,
             halving=halving,
         )
-        # Arrays: numbers would be brought to the device for every leaf anew.
+        # Cast once: Python numbers would be transferred for every leaf.
         c = cast(c, dtype)
         step, m, u = update_leaves(
             lambda g, m, u, dtype: update_leaf(g, m, u, c, rule, dtype),
@@ -352,38 +246,58 @@ def adamax(
     u_dtype: DTypeLike | None = None,
     shared_axes: SharedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdaMax: Adam with the infinity norm in place of the second moment.
+    r"""AdaMax: Adam with the infinity norm in place of the second moment.
 
-    ::
+    With :math:`g_t` the gradient, :math:`\theta_t` the parameter and :math:`\alpha` the
+    learning rate, elementwise:
 
-      m_t = b1 * m_{t-1} + (1 - b1) * g_t
-      u_t = max(b2 * u_{t-1}, |g_t| + eps)
-      theta_t = theta_{t-1} - learning_rate * m_t / ((1 - b1^t) * u_t)
+    .. math::
 
-    with g the gradients and theta the parameters. The positional arguments and their
-    meaning are those of ``optax.adamax``; :func:`scale_by_adamax` explains those that
-    are not listed here, and the storage.
+      m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+      u_t &= \max(\beta_2 u_{t-1}, |g_t| + \varepsilon) \\
+      \theta_t &= \theta_{t-1} - \alpha m_t / ((1 - \beta_1^t) u_t)
+
+    The positional arguments are those of ``optax.adamax``. ``b1``, ``b2``, ``eps`` and
+    ``max_growth`` may be traced scalars, as in ``optax.inject_hyperparams`` (pass it
+    ``static_args="shared_axes"``, and ``hyperparam_dtype=jnp.float32`` if parameters
+    have half precision). :func:`scale_by_adamax` has the equations with ``max_growth``.
 
     Args:
-      learning_rate: The largest change of a parameter in one step (without
-        ``nesterov``, at the default decay rates and with m and u in 32 bits, to within
-        0.91 %; :func:`scale_by_adamax` says how much longer steps are in fewer bits),
-        in the parameter's unit: a number, a scalar array, or a schedule from the count
-        of updates, starting at 0.
+      learning_rate: A number, a scalar array, or a schedule (a function of the count of
+        updates, which starts at 0). No step is longer by more than 0.91 %, in the
+        parameter's unit, at the default decay rates and with m and u in 32 bits.
+      b1: Decay rate of m, in [0, 1).
+      b2: Decay rate of u, in [0, 1).
+      eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
+        0/0 is 0: a coordinate whose gradients were all 0 does not move.
+      nesterov: Whether to use Nesterov momentum (NadaMax), as in ``optax.adam``.
+      eps_inside: True adds ``eps`` to ``|g|`` inside the maximum, as in Optax and
+        PyTorch; False adds it to u in the denominator, as in Keras, TensorFlow and MLX.
+      max_growth: Max factor by which u grows in one step, above 1 (also in float32); m
+        sees gradients clipped to u. None for no bound, as in the paper and in Optax.
+      m_dtype: What m is stored in: None for the parameter's dtype (bfloat16 if that has
+        fewer than 32 bits), "float64", "float32", "bfloat16", or "int8" for one byte
+        (needs ``b1 < b2``).
+      u_dtype: What u is stored in: None as for m, "float64", "float32", "bfloat16", or
+        "uint8" for one byte.
+      shared_axes: Axes along which one u is shared, in parameters with two axes or
+        more: None, an integer, a tuple, or a function of the parameter's path and the
+        parameter that returns one of these.
 
     Returns:
-      An optimizer whose updates are to be added to the parameters
-      (``optax.apply_updates``), in the dtypes of :func:`scale_by_adamax`. Its state is
-      a tuple whose first item is a :class:`ScaleByAdamaxState`.
+      An optimizer whose updates are to be added to the parameters, as
+      ``optax.apply_updates`` does. They have the gradients' shapes and dtypes, or the
+      dtypes of parameters that have more bits. Its state is a tuple whose first item is
+      a :class:`ScaleByAdamaxState`.
 
     Raises:
-      ValueError, TypeError: As :func:`scale_by_adamax`; also if ``learning_rate`` is
-        not a finite number, a scalar array or a schedule.
+      ValueError: If a hyperparameter is out of range or a dtype not listed above; by
+        ``init`` and ``update``, as :func:`scale_by_adamax`.
+      TypeError: If an argument has a wrong type; by ``init`` and ``update``, as
+        :func:`scale_by_adamax`.
 
     Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> from adamax_jax import adamax
       >>> def loss(x):
       ...     return jnp.sum(x**2)
@@ -429,38 +343,54 @@ def adamaxw(
     u_dtype: DTypeLike | None = None,
     shared_axes: SharedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdaMax with decoupled weight decay.
+    r"""AdaMax with decoupled weight decay.
 
-    ::
+    With :math:`\lambda` the weight decay, and m and u as in :func:`adamax`:
 
-      theta_t = theta_{t-1} - learning_rate * (
-        m_t / ((1 - b1^t) * u_t) + weight_decay * theta_{t-1}
-      )
+    .. math::
 
-    with m and u as in :func:`adamax`, which the weight decay never enters. The
-    positional arguments and their meaning are those of ``optax.adamaxw``. For the L2
-    penalty of ``torch.optim.Adamax(weight_decay=...)``, which does enter them, use
+      \theta_t = \theta_{t-1} - \alpha \left( \frac{m_t}{(1 - \beta_1^t) u_t}
+      + \lambda \theta_{t-1} \right)
+
+    The positional arguments are those of ``optax.adamaxw``. For the L2 penalty of
+    ``torch.optim.Adamax(weight_decay=...)``, which enters m and u, use
     ``optax.chain(optax.add_decayed_weights(weight_decay), adamax(...))``.
 
     Args:
-      learning_rate: As in :func:`adamax`; it multiplies the weight decay as well.
-      weight_decay: The share of a parameter that one step at learning rate 1 removes:
-        a number, a scalar array, or a schedule from the count of updates.
-      mask: Which parameters decay: a tree of booleans with the structure of the
-        parameters or a prefix of it, or a function that returns one, given the
-        parameters. None: all of them. With ``optax.inject_hyperparams`` pass that
-        ``static_args="mask"``: it takes a function for a schedule, gives it the count
-        instead of the parameters, and what comes back would decay all of them or none.
-
-    The other arguments are explained at :func:`scale_by_adamax`.
+      learning_rate: A number, a scalar array, or a schedule (a function of the count of
+        updates, which starts at 0). It multiplies the weight decay too.
+      b1: Decay rate of m, in [0, 1).
+      b2: Decay rate of u, in [0, 1).
+      eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
+        0/0 is 0: a coordinate whose gradients were all 0 does not move.
+      weight_decay: The fraction of a parameter that a step at learning rate 1 removes:
+        a number, a scalar array, or a schedule.
+      mask: Which parameters decay: a tree of booleans like the parameters, a prefix of
+        it, or a function of the parameters that returns one; None for all. Pass
+        ``static_args="mask"`` to ``optax.inject_hyperparams``.
+      nesterov: Whether to use Nesterov momentum (NadaMax), as in ``optax.adam``.
+      eps_inside: True adds ``eps`` to ``|g|`` inside the maximum, as in Optax and
+        PyTorch; False adds it to u in the denominator, as in Keras, TensorFlow and MLX.
+      max_growth: Max factor by which u grows in one step, above 1 (also in float32); m
+        sees gradients clipped to u. None for no bound, as in the paper and in Optax.
+      m_dtype: What m is stored in: None for the parameter's dtype (bfloat16 if that has
+        fewer than 32 bits), "float64", "float32", "bfloat16", or "int8" for one byte
+        (needs ``b1 < b2``).
+      u_dtype: What u is stored in: None as for m, "float64", "float32", "bfloat16", or
+        "uint8" for one byte.
+      shared_axes: Axes along which one u is shared, in parameters with two axes or
+        more: None, an integer, a tuple, or a function of the parameter's path and the
+        parameter that returns one of these.
 
     Returns:
-      An optimizer as :func:`adamax` returns; its ``update`` needs the parameters.
+      An optimizer as :func:`adamax` returns. Its ``update`` needs the parameters.
 
     Raises:
-      ValueError, TypeError: As :func:`adamax`; ValueError also by ``update`` without
-        parameters, or with parameters of another shape than the gradients; both if
-        ``mask`` is not a tree of booleans like the parameters, or is just False.
+      ValueError: As :func:`adamax`; also by ``update``, without parameters, if their
+        shapes are not those of the gradients, or if ``mask`` is False or has another
+        structure.
+      TypeError: As :func:`adamax`; also by ``update``, if ``mask`` holds anything but
+        booleans.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -492,10 +422,10 @@ def adamaxw(
 
 
 def _next_u(norm, u, magnitude, c):
-    """max(b2 * u, |g| + eps), in the codes of a format; u grows by a factor at most."""
+    """max(b2 * u, |g| + eps), as a code, with the growth of u limited."""
     new = norm.encode(magnitude, c.next_u_scale)
     if c.max_growth is not None:
-        # A u that has seen no gradient takes any.
+        # A u that has seen no gradient, or has decayed, grows without limit.
         floor = norm.encode(jnp.maximum(2 * c.eps, norm.smallest), c.u_scale)
         limit = jnp.where(u > floor, norm.grown(u, c), norm.no_limit)
         new = norm.minimum(new, limit)

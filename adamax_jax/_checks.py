@@ -1,7 +1,7 @@
-"""Errors for what can be known to be wrong before any arithmetic is done.
+"""Errors for invalid arguments, raised before any arithmetic is done.
 
 Only static facts are checked (Python and NumPy numbers, tree structures, shapes,
-dtypes): a hyperparameter may be a traced array, whose value nobody knows yet.
+dtypes): a hyperparameter may be a traced array, whose value is not known yet.
 """
 
 import math
@@ -25,19 +25,19 @@ _COMPLEX_PARTS = (None, jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
 
 
 def check_decay(name: str, value: Any) -> Any:
-    """Returns a decay rate, refusing a number outside [0, 1)."""
+    """Returns a decay rate. Raises ValueError for a number outside [0, 1)."""
     _check_precision(name, value)
     return _check_scalar(name, value, "in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def check_order(name: str, value: Any) -> Any:
-    """Returns the order of a norm, refusing a number below 1."""
+    """Returns the order of a norm. Raises ValueError for a number below 1."""
     _check_precision(name, value)
     return _check_scalar(name, value, "at least 1, or infinity", lambda x: x >= 1)
 
 
 def check_eps(name: str, value: Any) -> Any:
-    """Returns a floor of the denominator, refusing a negative or infinite number."""
+    """Returns an eps. Raises ValueError for a negative or infinite number."""
     _check_precision(name, value)
     return _check_scalar(
         name, value, "finite and at least 0", lambda x: 0 <= x < math.inf
@@ -45,7 +45,7 @@ def check_eps(name: str, value: Any) -> Any:
 
 
 def check_growth(name: str, value: Any) -> Any:
-    """Returns the largest factor of a growth, or None, refusing one not above 1."""
+    """Returns ``max_growth``. Raises ValueError for a number not above 1."""
     if value is None:
         return None
     _check_precision(name, value)
@@ -60,13 +60,13 @@ def check_growth(name: str, value: Any) -> Any:
 
 
 def check_factor(name: str, value: Any) -> Any:
-    """Returns a factor that is no schedule, refusing an infinite number or NaN."""
+    """Returns a constant factor. Raises ValueError for infinity and NaN."""
     kinds = "a number, a scalar array or a schedule"
     return _check_scalar(name, value, "finite", math.isfinite, kinds)
 
 
 def check_scalar(name: str, value: Any) -> Any:
-    """Returns what a schedule returned, refusing what is not one real number."""
+    """Returns what a schedule returned. Raises an error if it is no real scalar."""
     is_number = hasattr(value, "dtype") or isinstance(value, int | float | complex)
     if not is_number or jnp.iscomplexobj(value):
         raise TypeError(
@@ -83,15 +83,15 @@ def check_scalar(name: str, value: Any) -> Any:
 def check_dtype(
     name: str, value: Any, allowed: Iterable[str], *, optional: bool = True
 ) -> Any:
-    """Returns what to store in as a dtype, refusing what has no meaning here."""
+    """Returns a dtype. Raises an error if it is none, or none of the allowed ones."""
     if value is None and optional:
         return None
     choice = f"{'None or ' if optional else ''}one of {', '.join(allowed)}"
     try:
-        # NumPy takes None for float64.
+        # ``np.dtype(None)`` is float64.
         dtype = jnp.dtype("None" if value is None else value)
     except (TypeError, ValueError) as error:
-        # ValueError of a dictionary, which NumPy takes for a record.
+        # NumPy takes a dictionary for a record, and raises ValueError.
         raise TypeError(f"{name} must be {choice}, got {_shown(value)}.") from error
     if dtype.name not in allowed:
         is_dropped = "bfloat16" in allowed and dtype.name.startswith(_DROPPED)
@@ -101,14 +101,14 @@ def check_dtype(
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raises ValueError for what is none of some strings."""
+    """Raises ValueError if the value is none of the allowed strings."""
     if value not in allowed:
         choice = " or ".join(map(repr, allowed))
         raise ValueError(f"{name} must be {choice}, got {value!r}.")
 
 
 def check_is_available(name: str, dtype: Any) -> None:
-    """Raises ValueError for float64 where JAX would make float32 of it."""
+    """Raises ValueError for float64 if JAX would make it float32."""
     if dtype != jnp.float64:
         return
     with warnings.catch_warnings():
@@ -146,10 +146,10 @@ def check_formats(state: Any) -> None:
 
 
 def _check_scale(state):
-    """Raises ValueError if u_scale says that u was cast; traced, it says nothing."""
+    """Raises ValueError if u_scale, unless it is traced, shows that u was cast."""
     (u_scale,) = jax.tree.leaves(getattr(state, "u_scale", 1.0))
     norms = jax.tree.leaves(state.u, is_leaf=_is_none)
-    # Of a u that was taken out, as None, u_scale may be.
+    # u_scale may differ from 1 if a u was replaced by None.
     if not is_known(u_scale) or any(
         u is None or NORMS[u.dtype.name].is_scaled for u in norms
     ):
@@ -164,12 +164,13 @@ def _check_scale(state):
 
 
 def check_numbers(state: Any, unit: float) -> None:
-    """Raises ValueError for numbers that m and u_scale never have. Needs some of them.
+    """Raises ValueError for values that m and u_scale never have, unless traced.
 
-    m is at most about u times ``unit``, and not whole numbers, unless all gradients
-    were. So whole numbers, some of which are large and above u, are codes of int8 that
-    were cast. So are those beside other whole numbers in u, after some steps: only a u
-    of constant gradients stays a whole number, and beside it m becomes the same.
+    |m| is at most about u times ``unit``, and m has integer values only if all
+    gradients have. So if all of m is integers, and a large one exceeds that bound, m is
+    int8 codes that were cast. It is too if u is integers as well and differs from m
+    after some steps: only constant gradients leave u an integer, and then m becomes the
+    same.
     """
     (u_scale,) = jax.tree.leaves(getattr(state, "u_scale", 1.0))
     if is_known(u_scale):
@@ -205,7 +206,7 @@ def check_numbers(state: Any, unit: float) -> None:
 
 
 def is_known(x: Any) -> bool:
-    """Whether this process has the values of an array: none that is traced, say."""
+    """Whether this process has the values of an array: not if it is traced."""
     if not isinstance(x, jax.Array):
         return isinstance(x, np.ndarray | np.generic | float)
     return not isinstance(x, Tracer) and (
@@ -214,7 +215,7 @@ def is_known(x: Any) -> bool:
 
 
 def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
-    """Refuses one byte for m, stored as its ratio to u, where that is not bounded."""
+    """Raises ValueError for an int8 m, stored as m/u, if m/u is not bounded."""
     if m_dtype is None or not MEANS[m_dtype.name].is_ratio:
         return
     if isinstance(b1, float) and isinstance(b2, float) and b1 >= b2:
@@ -225,7 +226,7 @@ def check_ratio(b1: Any, b2: Any, m_dtype: Any) -> None:
 
 
 def check_bound(bound: float, limit: float, unit: float, rates: str) -> None:
-    """Raises ValueError if m, stored as its ratio to ``unit`` u, may be cut off."""
+    """Raises ValueError if an int8 m, a ratio to ``unit`` u, may be clipped."""
     if bound > limit:
         raise ValueError(
             f"m_dtype=int8 stores m / ({unit:g} u), for m/u up to {limit:.2f}, but "
@@ -234,7 +235,7 @@ def check_bound(bound: float, limit: float, unit: float, rates: str) -> None:
 
 
 def _check_precision(name, value):
-    """Refuses hyperparameters that were rounded to half precision."""
+    """Raises TypeError for a hyperparameter that was cast to half precision."""
     dtype = getattr(value, "dtype", None)
     if isinstance(value, numbers.Real) or dtype is None:
         return
@@ -253,7 +254,7 @@ def _check_scalar(name, value, allowed, is_allowed, kinds="a number or a scalar 
             "To schedule it, wrap the optimizer in optax.inject_hyperparams."
         )
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
-        # NumPy scalars carry a dtype that would take part in promotion.
+        # NumPy scalars have a dtype, which would take part in promotion.
         value = value.item()
     if isinstance(value, numbers.Real):
         if not is_allowed(value):
@@ -279,14 +280,14 @@ _IF_PARAMETERS = " If these are the parameters: init and update take them."
 
 
 def _shown(value):
-    """A value as an error shows it; of a tree, its type alone."""
+    """A value as an error shows it; of a tree, the type alone."""
     if value is None or jax.tree_util.all_leaves([value]):
         return repr(value)
     return f"a {type(value).__name__} of {len(jax.tree.leaves(value))} leaves"
 
 
 def check_optimizer(value: Any) -> None:
-    """Raises TypeError for what has no init and update."""
+    """Raises TypeError if the value has no init and update."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         hint = (
             f" Call {value.__name__} first." if isinstance(value, FunctionType) else ""
@@ -298,7 +299,7 @@ def check_optimizer(value: Any) -> None:
 
 
 def check_params(params: Any, m_dtype: Any = None) -> None:
-    """Refuses parameter leaves that have no moving average, or not in this dtype."""
+    """Raises TypeError if a parameter cannot have an m, or not in this dtype."""
     for path, leaf in jax.tree.leaves_with_path(params):
         check_array(path, leaf)
         if not is_trained(leaf):
@@ -315,13 +316,13 @@ def check_params(params: Any, m_dtype: Any = None) -> None:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf of the parameters is an array or a number, not a function, say."""
+    """Whether a leaf is an array or a number: not a function, for example."""
     is_number = hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
     return is_number and not isinstance(leaf, type)
 
 
 def check_array(path: Any, leaf: Any) -> None:
-    """Refuses a parameter that is no array."""
+    """Raises TypeError if a parameter is not an array."""
     if not is_array(leaf):
         raise TypeError(
             f"The parameter at {name_of(path)} is not an array: {leaf!r}. "
@@ -333,13 +334,13 @@ def check_array(path: Any, leaf: Any) -> None:
 def check_rounding(
     rates: Mapping[str, Any], params: Any, m_dtype: Any = None, u_dtype: Any = None
 ) -> None:
-    """Refuses decay rates that are 1 in the precision of some parameter."""
+    """Raises ValueError if a decay rate rounds to 1 in the arithmetic of a leaf."""
     arithmetic = {
         arithmetic_dtype(jnp.result_type(p), *filter(None, (m_dtype, u_dtype)))
         for p in filter(is_trained, jax.tree.leaves(params))
     }
     if u_dtype is not None and NORMS[u_dtype.name].is_scaled:
-        # A narrow u decays by its scale, which is a float32.
+        # A u below 32 bits decays by its scale, a float32.
         arithmetic.add(jnp.float32)
     for name, rate in rates.items():
         if isinstance(rate, float) and any(
@@ -353,7 +354,7 @@ def check_rounding(
 
 
 def check_state(state: Any, kind: type) -> None:
-    """Refuses a state of another type than the optimizer's own."""
+    """Raises TypeError if the state has another type than the optimizer's."""
     if not isinstance(state, kind):
         hint = ""
         if kind.__name__ == "ScaleByAdamaxState":
@@ -372,7 +373,7 @@ def check_state(state: Any, kind: type) -> None:
 
 
 def check_chained(state: Any, size: int) -> None:
-    """Raises TypeError for what is not the state of a chain of so many parts."""
+    """Raises TypeError if the state is not that of a chain of ``size`` parts."""
     is_plain = isinstance(state, tuple | list) and not hasattr(state, "_fields")
     if not is_plain or len(state) != size:
         raise TypeError(
@@ -389,9 +390,9 @@ def check_stored(
 
     Args:
       state: The state.
-      as_at_init: From path, m, u and the parameter's dtype to what ``init`` would make:
-        the dtypes of m and u and the shape of u.
-      param_dtypes: The dtype of each parameter, None where it is not known.
+      as_at_init: A function of path, m, u and the parameter's dtype that returns the
+        dtypes of m and u and the shape of u that ``init`` would make.
+      param_dtypes: The dtype of each parameter, None if it is not known.
     """
     scale_dtype = jnp.result_type(getattr(state, "u_scale", np.float32(1)))
     if scale_dtype != jnp.float32:
@@ -453,7 +454,7 @@ _NO_CASTS = (
 
 
 def check_complex(path: Any, dtype: Any, m_dtype: Any) -> None:
-    """Refuses an m_dtype that has no complex counterpart for a complex leaf."""
+    """Raises TypeError if a complex leaf has no m in this dtype."""
     if m_dtype not in _COMPLEX_PARTS:
         raise TypeError(
             f"The parameter at {name_of(path)} has dtype {dtype}, whose m cannot be "
@@ -464,7 +465,7 @@ def check_complex(path: Any, dtype: Any, m_dtype: Any) -> None:
 
 
 def check_mask(mask: Any, params: Any) -> None:
-    """Refuses what is not a tree of booleans like the parameters, or a prefix of it."""
+    """Raises an error if the mask is no tree of booleans, or no prefix of params."""
     hint = (
         " Inside optax.inject_hyperparams, which takes a function for a schedule, pass "
         'that static_args="mask".'
@@ -493,7 +494,7 @@ def check_mask(mask: Any, params: Any) -> None:
 
 
 def check_gradients(updates: Any, m: Any) -> None:
-    """Refuses gradients that differ from the state in tree, shape or kind of number."""
+    """Raises an error if gradients and m differ in tree, shape or kind of number."""
     gradients, treedef = jax.tree.flatten(updates, is_leaf=_is_none)
     try:
         moments = treedef.flatten_up_to(m)
@@ -512,7 +513,7 @@ def check_gradients(updates: Any, m: Any) -> None:
 
 
 def check_shapes(updates: Any, params: Any) -> None:
-    """Refuses parameters of another shape than the gradients."""
+    """Raises ValueError if gradients and parameters differ in shape."""
     gradients = jax.tree.leaves_with_path(updates, is_leaf=_is_none)
     treedef = jax.tree.structure(updates, is_leaf=_is_none)
     for (path, g), p in zip(gradients, treedef.flatten_up_to(params), strict=True):
@@ -524,7 +525,7 @@ def check_shapes(updates: Any, params: Any) -> None:
 
 
 def _kind(leaf):
-    """What decides whether there is a problem with a leaf: many are of one kind."""
+    """What the check of a leaf depends on, so that each kind is checked once."""
     return getattr(leaf, "shape", None), getattr(leaf, "dtype", type(leaf))
 
 
@@ -583,7 +584,7 @@ def _structure_message(updates, m):
 
 
 def _instead_of(path, given, expected):
-    """What gradients have that have no leaf at a path: the same leaf elsewhere."""
+    """Names the leaf that gradients have instead of one at ``path``, if any."""
     others = [other for other in given if other not in expected]
     deeper = [other for other in others if other[len(other) - len(path) :] == path]
     higher = [other for other in others if path[len(path) - len(other) :] == other]

@@ -1,4 +1,4 @@
-"""What the state says about training: figures for each parameter and for all."""
+"""Diagnostics of a state: figures for each parameter and for all."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from adamax_jax._numerics import arithmetic_dtype, cast, number, quotient
 from adamax_jax._state import ratio_unit, read, scale_of, some_states
 from adamax_jax._trees import name_of
 
-# |m| below this share of u: recent gradients are far below those that u remembers.
+# Stale: |m| below this fraction of u, which remembers far larger gradients.
 _STALE = 1e-3
 
 
@@ -29,12 +29,12 @@ _STALE = 1e-3
 )
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """Figures of an optimizer's state; printed, a table.
+    """Figures of an optimizer's state. Printed, it is a table.
 
     Attributes:
       total: The figures over all parameters: a dictionary of float32 scalars.
-      table: The same for each parameter: a dictionary of float32 arrays [parameters].
-        One array of them compiles in a fraction of the time that as many scalars take.
+      table: The figures of each parameter: a dictionary of float32 arrays [parameters],
+        which compile in a fraction of the time of as many scalars.
       names: The paths of the parameters in the tree, in the order of ``table``.
     """
 
@@ -44,29 +44,31 @@ class Diagnosis:
 
     @property
     def leaves(self) -> dict[str, dict[str, jax.Array]]:
-        """The figures of each parameter, as ``total``, under its path."""
+        """A dictionary from the path of each parameter to its figures."""
         return {
             name: {figure: column[..., i] for figure, column in self.table.items()}
             for i, name in enumerate(self.names)
         }
 
     def worst(self, limit: int = 40) -> "Diagnosis":
-        """Some of the parameters, those first that need a look first.
+        """The worst parameters: those with NaN, then those with the largest fractions.
 
-        In the order of the largest of ``unseen``, ``stale`` and ``saturated``; NaN
-        comes before all.
+        Fractions are ``unseen``, ``stale`` and ``saturated``.
 
         Args:
-          limit: How many of them, at most.
+          limit: The max number of parameters.
+
+        Returns:
+          A :class:`Diagnosis` with the same ``total``.
 
         Raises:
           ValueError: If ``limit`` is negative.
         """
         if limit < 0:
             raise ValueError(f"limit must be at least 0, got {limit}.")
-        columns = [np.asarray(self.table[name]) for name in ("rms", *_SHARES)]
-        rms, *shares = (np.max(x, axis=tuple(range(x.ndim - 1))) for x in columns)
-        score = np.where(np.isnan(rms), np.inf, np.max(shares, axis=0))
+        columns = [np.asarray(self.table[name]) for name in ("rms", *_FRACTIONS)]
+        rms, *fractions = (np.max(x, axis=tuple(range(x.ndim - 1))) for x in columns)
+        score = np.where(np.isnan(rms), np.inf, np.max(fractions, axis=0))
         order = np.argsort(-score, kind="stable")[:limit]
         return Diagnosis(
             total=self.total,
@@ -75,7 +77,7 @@ class Diagnosis:
         )
 
     def plot(self) -> Any:
-        """A bar for each share and each of the worst 40 parameters.
+        """Plots ``rms`` and the three fractions of the worst 40 parameters as bars.
 
         Returns:
           A ``matplotlib.figure.Figure``, which notebooks show.
@@ -93,11 +95,11 @@ class Diagnosis:
                 "those of one with jax.tree.map(lambda x: x[0], diagnosis)."
             )
         shown = self.worst()
-        # Matplotlib takes what is between two dollars for mathematics.
+        # Matplotlib typesets text between two dollar signs as mathematics.
         names = [_short(name).replace("$", r"\$") for name in ("total", *shown.names)]
         figure = Figure(figsize=(10, 1 + 0.22 * len(names)), layout="constrained")
-        panels = figure.subplots(1, 1 + len(_SHARES), sharey=True)
-        for axes, name in zip(panels, ("rms", *_SHARES), strict=True):
+        panels = figure.subplots(1, 1 + len(_FRACTIONS), sharey=True)
+        for axes, name in zip(panels, ("rms", *_FRACTIONS), strict=True):
             column = [float(self.total[name]), *np.asarray(shown.table[name])]
             axes.barh(range(len(names)), np.nan_to_num(column, nan=0), color="#0072b2")
             for row in np.flatnonzero(np.isnan(column)):
@@ -112,10 +114,14 @@ class Diagnosis:
         return self.to_string()
 
     def to_string(self, limit: int | None = 40) -> str:
-        """The table, with the :meth:`worst` parameters alone where there are many.
+        """The table as text.
 
         Args:
-          limit: How many of them, at most; None for all, in the order of the tree.
+          limit: The max number of parameters: if there are more, the :meth:`worst` are
+            shown. None for all, in the order of the tree.
+
+        Returns:
+          A string of one line for each parameter, without a trailing newline.
         """
         if limit is None or len(self.names) <= limit or self._is_abstract():
             return self._printed()
@@ -151,12 +157,12 @@ class Diagnosis:
 
 
 def _short(name, length=40):
-    """The end of a path, which tells more than its beginning."""
+    """The end of a path, which is more specific than its beginning."""
     return name if len(name) <= length else f"...{name[3 - length :]}"
 
 
 def _printed_range(numbers, number_format):
-    """A number; of several steps or runs, the smallest and the largest."""
+    """A number; of several steps or runs, the min and the max."""
     if not numbers.size:
         return "-"
     ends = (
@@ -174,62 +180,54 @@ def diagnose(
     For each parameter, and for all of them together:
 
     ``rms``, ``max``
-      Root mean square and maximum of ``|m/u|``, which lies between 0 and 1.0091 (at
-      the default decay rates; 7.27 for :func:`adam`): the length of a step as a
-      fraction of the learning rate, but for the bias correction of the first steps. An
-      ``rms`` near 1 says that gradients keep their sign: the learning rate may be
-      larger. Gradients that are mere noise have about 0.1 (Adam: 0.23). If it is much
-      smaller, look at ``stale``.
+      Root mean square and maximum of ``|m/u|``: the length of a step as a fraction of
+      the learning rate, without the bias correction. At most 1.0091 at the default
+      decay rates (7.27 for :func:`adam`). Gradients that are noise give an ``rms`` of
+      about 0.1 (Adam: 0.23). If it is near 1, gradients keep their sign: try a larger
+      learning rate. If it is much smaller than 0.1, look at ``stale``.
     ``unseen``
-      The fraction of coordinates where m is 0 and u not above ``eps``: they never saw a
-      gradient, or not for so long that u has decayed to that. Dead units, parameters
-      that the loss does not depend on, rows of an embedding that never came up: mend or
-      freeze them. A gradient of exactly 0 cannot be told from one that underflowed: in
-      half precision, scale the loss.
+      The fraction of coordinates with m = 0 and u at most ``eps``, whose gradients have
+      always been 0, or for so long that u has decayed. Dead units, unused parameters,
+      rare rows of an embedding: repair or freeze them. In half precision gradients may
+      have underflowed: scale the loss.
     ``stale``
-      The fraction of the other coordinates with ``|m| < u/1000``: u remembers
-      gradients far above the recent ones, and the coordinate nearly stands still. A
-      spike k times the usual gradient is forgotten after
-      ``ln(k) / (1 - b2)`` steps, by Adam after twice as many. For AdaMax set
-      ``b2=0.99, max_growth=1.1``, with which a single spike holds nothing back. Under
-      noise alone it is about 0.01. Where it is 1, gradients have stopped altogether. A
-      spike raises it from one step to the next; where it creeps up while the loss goes
-      to zero, gradients have become small: the run has converged, or a smaller ``b2``
-      lets u follow them.
+      The fraction of the other coordinates with ``|m| < u/1000``, which hardly move: u
+      remembers gradients far above the recent ones. A spike of k times the usual
+      gradient is forgotten after ``ln(k) / (1 - b2)`` steps, by Adam after twice as
+      many; with ``max_growth`` it raises u by that factor at most. About 0.01 under
+      noise, and 1 if gradients have stopped (:doc:`diagnosing`).
     ``decades``
-      The decimal logarithm of the largest u over the smallest, without unseen
-      coordinates: how badly the problem is scaled, and what ``u_dtype`` must span.
-      uint8 spans 18 decades, all floats 76 or more.
+      log10 of the largest u over the smallest, without unseen coordinates: how badly
+      the problem is scaled. uint8 spans 18 decades, all floats 76 or more.
     ``saturated``
-      The fraction of coordinates whose stored m or u is at an end of the range of its
-      dtype (of u: its smallest number, or its largest, where gradients are cut off),
-      unseen ones aside. Should be 0: else take a wider ``u_dtype``, or scale the
+      The fraction of coordinates whose stored m or u is the min or max of its dtype,
+      without unseen ones. Should be 0: else take a wider ``u_dtype``, or scale the
       loss.
 
-    Where a u is shared along axes, it is that of the slice's largest gradients: a
-    coordinate far below them has a small ``rms`` and counts as ``stale``, and as unseen
-    only if all of its slice is.
-
-    NaN in m makes ``rms`` and ``max`` NaN, in u ``decades`` as well; a uint8 u has
-    none, but its largest number.
+    A u that is shared along axes is the largest of its slice. So a coordinate far below
+    it has a small ``rms`` and counts as stale, and as unseen only if the whole slice
+    is. NaN in m makes ``rms`` and ``max`` NaN, NaN in u ``decades`` too (a uint8 u has
+    its max instead).
 
     Args:
       state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
-        optimizer's state with some of them in it.
+        optimizer's state that contains one or more.
       eps: The optimizer's ``eps``; with another one ``unseen`` is wrong.
-      depth: Puts the parameters together whose paths begin with the same ``depth``
-        parts (a key, an index or an attribute is one); None for each on its own.
+      depth: Groups parameters whose paths have the same first ``depth`` parts (keys,
+        indices or attributes); None for no groups.
 
     Returns:
-      A :class:`Diagnosis`. Of more than 40 parameters it prints the worst. Its paths
-      are those of errors, of ``jax.tree_util.keystr``; where there are several
-      such states, as from ``optax.partition``, each begins with the
-      path to its own. In ``jax.jit`` it is a tree of arrays as any other; printed
-      outside, it is a table, of several steps or runs one of ranges.
+      A :class:`Diagnosis`, a pytree of float32 arrays in ``jax.jit``. Printed, it shows
+      the worst 40 parameters by their ``jax.tree_util.keystr``, preceded by the path of
+      the state if there are several, and ranges if figures are those of several steps
+      or runs.
 
     Raises:
-      ValueError: If there is no such state, it is that of an ensemble (``jax.vmap``
-        this function then), ``eps`` is negative or not finite, or ``depth`` is below 1.
+      ValueError: If there is no such state, ``jax.vmap`` has stacked one (apply this
+        function with ``jax.vmap`` too), ``eps`` is negative or not finite, or ``depth``
+        is below 1.
+      TypeError: If ``eps`` is not a number or a scalar array of at least 32 bits, or m
+        or u has a dtype in which it is never stored.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -270,7 +268,7 @@ def diagnose(
 
 
 class _Sums(NamedTuple):
-    """What can be put together over parameters: a number, or a column of them."""
+    """Statistics that can be combined over parameters: numbers, or columns of them."""
 
     size: jax.Array
     squares: jax.Array
@@ -279,7 +277,7 @@ class _Sums(NamedTuple):
     saturated: jax.Array
     largest: jax.Array
     largest_u: jax.Array
-    # Where none was seen, the largest number.
+    # The max of the dtype if no coordinate was seen.
     smallest_u: jax.Array
 
 
@@ -287,8 +285,8 @@ class _Sums(NamedTuple):
 def _row(stored_m, stored_u, u_scale, unit, eps):
     """The sums of one parameter: an array of eight numbers.
 
-    What is computed of them is computed of a table of all: XLA takes far longer to
-    compile many operations on scalars.
+    Figures are computed from a table of all rows: XLA takes far longer to compile many
+    operations on scalars.
     """
     m, u = read(stored_m, stored_u, u_scale, unit)
     m = jnp.abs(m).astype(u.dtype)
@@ -297,8 +295,8 @@ def _row(stored_m, stored_u, u_scale, unit, eps):
     floor = number(eps, u.dtype) * (1 + 2**-20)
     _, norm = formats(stored_m.dtype, stored_u.dtype)
     floor = norm.read(norm.write(floor, u_scale), u_scale)
-    # Without m, gradients below the smallest number of a dtype would be none at all.
-    # NaN counts as seen.
+    # m tells gradients below the smallest number of u's dtype from none. NaN counts as
+    # seen.
     seen = ~((u <= floor) & (stored_m == 0))
     saturated = _is_saturated(stored_m, stored_u, u_scale)
 
@@ -319,25 +317,25 @@ def _row(stored_m, stored_u, u_scale, unit, eps):
 
 
 def _is_saturated(stored_m, stored_u, u_scale):
-    """Where a stored m or u is at an end of the range of its dtype."""
+    """Where a stored m or u is the min or max of its dtype."""
     mean, norm = formats(stored_m.dtype, stored_u.dtype)
     is_end = jnp.zeros(jnp.broadcast_shapes(stored_m.shape, stored_u.shape), bool)
     if mean.is_ratio:
         is_end |= jnp.abs(stored_m) == mean.LAST
     if norm.is_scaled:
         is_end |= norm.codes_of(stored_u) <= norm.encode(norm.smallest, 1.0)
-        # Of gradients that were cut off, rounding leaves 8/9 at least.
+        # Rounding leaves at least 8/9 of a clipped gradient.
         is_end |= norm.read(stored_u, u_scale) >= 0.88 * norm.largest
     return is_end
 
 
 def _largest(x):
-    """The largest number of a dtype: not infinity, which jax.debug_infs reports."""
+    """The max of a dtype: not infinity, which jax.debug_infs reports."""
     return number(float(jnp.finfo(x.dtype).max), x.dtype)
 
 
 def _over_all(columns):
-    return _put_together(
+    return _combined(
         columns,
         jnp.sum,
         functools.partial(jnp.max, initial=0),
@@ -346,11 +344,11 @@ def _over_all(columns):
 
 
 def _over_groups(columns, groups):
-    """The columns of groups, from those of parameters and the group of each."""
+    """Combines the rows of each group; ``groups`` has the group of each row."""
     if not groups:
         return columns
     ids, size = jnp.array(groups), 1 + max(groups)
-    return _put_together(
+    return _combined(
         columns,
         functools.partial(jax.ops.segment_sum, segment_ids=ids, num_segments=size),
         functools.partial(jax.ops.segment_max, segment_ids=ids, num_segments=size),
@@ -358,7 +356,7 @@ def _over_groups(columns, groups):
     )
 
 
-def _put_together(columns, add, largest, smallest):
+def _combined(columns, add, largest, smallest):
     return _Sums(
         size=add(columns.size),
         squares=add(columns.squares),
@@ -374,7 +372,7 @@ def _put_together(columns, add, largest, smallest):
 def _figures(sums):
     size = jnp.maximum(sums.size, 1)
     any_seen = sums.seen > 0
-    # Not log10, which divides by a float32 where x64 is off.
+    # Not log10, which divides by a float32 without jax_enable_x64.
     decade = number(math.log(10), sums.largest_u.dtype)
     log_of_largest = jnp.log(jnp.where(any_seen, sums.largest_u, 1)) / decade
     log_of_smallest = jnp.log(jnp.where(any_seen, sums.smallest_u, 1)) / decade
@@ -400,5 +398,5 @@ _FORMATS = {
     "saturated": ".3f",
 }
 
-# What should be small.
-_SHARES = ("unseen", "stale", "saturated")
+# Fractions that should be small.
+_FRACTIONS = ("unseen", "stale", "saturated")

@@ -1,21 +1,31 @@
-"""How m and u are stored: one class for each format. Knows no optimizer.
+"""How m and u are stored: a class for each format, independent of the optimizer.
 
-A u below 32 bits is stored as ``u / u_scale``. The scalar takes the decay; where it
-falls below 1, it is doubled and the stored numbers are halved, which is exact. Rounding
-is monotone, so it commutes with a maximum: the next stored u is the maximum of the
-stored one and of the rounded gradient, computed on their ``codes``, integers in the
-order of the numbers. So each stored number was rounded once, at any age.
+A u below 32 bits is stored as ``u / u_scale``. The scalar takes the decay. If it falls
+below 1, it is doubled and the stored numbers are halved, which is exact. Rounding is
+monotone, so it commutes with a maximum: the next stored u is the maximum of the stored
+u and the rounded gradient. It is computed on ``codes``, integers in the order of the
+numbers. So each stored number was rounded once, at any age.
 
-m is an average, for which that does not hold. Rounded to nearest it would stay for ever
-where a step changes it by less than half the distance of two numbers. So it is rounded
-up or down in proportion to its place between the two, by a ``dither`` in [0, 1), which
-leaves no bias.
+m is an average, and rounding does not commute with averages. Rounded to nearest, m
+would not change if a step changes it by less than half the distance of two numbers. So
+m is rounded stochastically, which has no bias: a remainder above ``dither``, a fraction
+in [0, 1), rounds up.
 
-A format knows its ``largest`` number, at which gradients are clipped. A mean
-``is_ratio`` if it is stored as m/u. A norm ``saturates`` if infinity becomes its
-largest number. A u up to its ``smallest`` number has decayed: ``max_growth`` lets it
-take any gradient. ``decayed`` and ``grown`` are the codes of ``b2 * u`` and of
-``max_growth * u``; ``no_limit`` is above every code.
+All formats have
+
+- ``largest``, the max to which gradients are clipped.
+
+Formats of m have
+
+- ``is_ratio``: whether m is stored as m/u.
+
+Formats of u have
+
+- ``is_scaled``: whether u is stored as ``u / u_scale``;
+- ``saturates``: whether infinity is stored as the largest number;
+- ``smallest``: a u up to this number has decayed, and ``max_growth`` does not limit it;
+- ``decayed`` and ``grown``, the codes of ``b2 * u`` and of ``max_growth * u``;
+- ``no_limit``, which is above every code.
 
 To add a format, write a class and put it into ``MEANS`` or ``NORMS``.
 """
@@ -37,7 +47,7 @@ from adamax_jax._xla import (
     zeros_in_the_kernel_of,
 )
 
-# Of float32.
+# Constants of float32.
 _MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 _INFINITY, _NAN, _SIGN = 0x7F800000, 0x7FC00000, -(1 << 31)
 # 2^32 divided by the golden ratio.
@@ -45,7 +55,7 @@ _GOLDEN = 0x9E3779B1
 
 
 class Wide:
-    """32 bits and more, for m and for u: numbers as they are. A u is its own code."""
+    """32 bits and more, for m and u: stored unchanged. The code of u is u itself."""
 
     is_ratio = is_scaled = saturates = False
     smallest, no_limit, minimum = 0.0, float("inf"), staticmethod(smaller)
@@ -74,12 +84,12 @@ class Wide:
         return c.decay * u
 
     def grown(self, u, c):
-        # Finite, so that an infinite gradient is cut off too.
+        # Finite, so that infinite gradients are clipped too.
         return smaller(c.max_growth * u, number(self.largest, u.dtype))
 
 
 class Bfloat16Mean:
-    """The upper 16 bits of a float32."""
+    """m in bfloat16, the upper 16 bits of a float32."""
 
     is_ratio, largest = False, _MAX
 
@@ -96,9 +106,9 @@ class Bfloat16Mean:
 class Int8Mean:
     """m/u, as the sign and the leading bits of the float32 ``|m/u| + KNEE``.
 
-    These are 16 codes per octave well above the knee, and equal steps of 2^-12 below
-    it: a small persistent mean is kept beside a rare large gradient. The last code,
-    127, is 1.307. -128 is NaN. With a ``unit``, a power of 2, the ratio is m/(unit u).
+    Well above KNEE there are 16 codes per octave, and below it equal steps of 2^-12. So
+    small means are not lost after a rare large gradient. Code 127, the max, is 1.307,
+    and -128 is NaN. With ``unit``, a power of 2, the ratio is ``m / (unit * u)``.
     """
 
     is_ratio, largest = True, float("inf")
@@ -110,7 +120,7 @@ class Int8Mean:
         code = stored.astype(jnp.int32)
         magnitude = jnp.abs(code)
         bits = (magnitude + self.FIRST) << self.SHIFT
-        # As bits: under jax.disable_jit, jax.debug_nans reports a NaN among constants.
+        # NaN as bits, since jax.debug_nans and jax.disable_jit report NaN constants.
         ratio = _float(jnp.where(magnitude == self.NAN, _NAN, bits)) - self.KNEE
         ratio = unit * ratio
         return jnp.where(code < 0, -ratio, ratio)
@@ -119,15 +129,15 @@ class Int8Mean:
         ratio = self.ratio(stored, unit).astype(u.dtype)
         if norm.saturates:
             return ratio * u
-        # Finite, also beside an infinite u, and where a ratio is a little above 1.
+        # Finite, even if u is infinite or a ratio slightly above 1.
         end = number(float(jnp.finfo(u.dtype).max), u.dtype)
         return larger(smaller(ratio * smaller(u, end), end), -end)
 
     def write(self, m, u, dither, unit=1.0):
-        # Beside a u of 0, m is 0.
+        # The stored u, or any nonzero value where u, and therefore m, is 0.
         divisor = jnp.where(u == 0, 1, u)
-        # Of |m|, since XLA:CPU writes to memory a quotient that is read twice. The
-        # outer abs clears the sign of a NaN, whose bits then are above infinity's.
+        # Divides |m|, since XLA:CPU would write a quotient with two readers to memory.
+        # The outer abs clears the sign bit of NaN, so that its bits exceed infinity's.
         ratio = quotient(jnp.abs(m), divisor, is_positive=True) * (1 / unit)
         ratio = ratio.astype(jnp.float32)
         bits = _bits(jnp.abs(ratio + self.KNEE))
@@ -140,7 +150,7 @@ class _ScaledNorm:
     """A u below 32 bits, stored as ``u / u_scale``."""
 
     is_scaled, no_limit = True, np.iinfo(np.int32).max
-    # The code of infinity, the least growth, and functions that each format has.
+    # Each format has: the code of infinity, the min growth, and three functions.
     infinity: int
     STEP: float
     encode: Any
@@ -148,8 +158,8 @@ class _ScaledNorm:
     store: Any
 
     def minimum(self, code, limit):
-        """NaN stays, whose code is above infinity's."""
-        # Plus zeros: the choice needs the sharding of both.
+        """The minimum of codes. NaN, whose code is above infinity's, stays NaN."""
+        # Adding zeros gives it the sharding of both, which ``where`` needs.
         code = code + jnp.zeros_like(limit)
         return jnp.where(code > self.infinity, code, jnp.minimum(code, limit))
 
@@ -157,17 +167,17 @@ class _ScaledNorm:
         return self.store(self.encode(u, u_scale), u, u_scale)
 
     def growth(self, c):
-        """The largest factor for a stored number: one step of it at least."""
+        """The max factor for a stored number, at least STEP."""
         return larger(c.max_growth, self.STEP) * (c.u_scale / c.next_u_scale)
 
     def next(self, stored, u, magnitude, c, next_u):
-        """The next u in codes; ``u``, the same in floats, has its derivatives."""
+        """The next stored u, from codes. ``u``, in floats, has the derivatives."""
         code = next_u(self, self.codes_of(stored), magnitude, c)
         return self.store(code, u, c.next_u_scale)
 
 
 class Bfloat16Norm(_ScaledNorm):
-    """The upper 16 bits of a float32. Its codes are float32 bits."""
+    """u in bfloat16, the upper half of a float32. Its codes are float32 bits."""
 
     saturates, largest, smallest = False, _MAX, 4 * _TINY
     infinity, STEP = _INFINITY, 1 + 2.0**-7
@@ -176,7 +186,7 @@ class Bfloat16Norm(_ScaledNorm):
         return stored.astype(jnp.float32) * _float32(u_scale)
 
     def encode(self, u, u_scale):
-        # A little less, so that the largest number is finite also when it is read.
+        # Slightly less, so that the largest stored number is finite when read.
         inverse = (1 - 2.0**-22) / _float32(u_scale)
         bits = _bits(jnp.abs(_float32(u) * inverse))
         end = _bits(_MAX * inverse) & -(1 << 16)
@@ -190,7 +200,7 @@ class Bfloat16Norm(_ScaledNorm):
 
     def grown(self, code, c):
         bits = _bits(_float(code) * _float32(self.growth(c)))
-        # Finite, so that an infinite gradient is cut off too.
+        # Finite, so that infinite gradients are clipped too.
         end = self.encode(self.largest, c.next_u_scale)
         return jnp.minimum(_nearest(bits, bits), end)
 
@@ -205,39 +215,39 @@ class Bfloat16Norm(_ScaledNorm):
 
 
 class Uint8Norm(_ScaledNorm):
-    """The leading bits of a float32: 4 codes per octave, linear in between.
+    """u as the leading bits of a float32: 4 codes per octave, linear within an octave.
 
-    Code 1 is 2^-32 and code 255 is 1.5 * 2^31; code 0 is 0. NaN and infinity count as
-    the largest number.
+    Code 1 is 2^-32, code 255 is 1.5 * 2^31, and code 0 is 0. NaN and infinity are
+    stored as the largest number.
     """
 
     saturates, largest, smallest = True, 1.5 * 2.0**31, 2.0**-32
-    # The shifted bits of 1, and what they have more than a code.
+    # ``bits(1.0) >> SHIFT``, and shifted bits minus code.
     SHIFT, ONE, OFFSET = 21, 127 * 4, (127 - 32) * 4 - 1
-    # Adds more codes than any decay takes away; 1 + 1/4 would not at b2 = 0.835.
+    # Adds more codes than any decay removes; 1 + 1/4 would not at b2 = 0.835.
     STEP = 1.27
     infinity, LAST = (_INFINITY >> SHIFT) - OFFSET, 255
 
     def read(self, stored, u_scale):
         code = stored.astype(jnp.int32)
-        # Not a choice: XLA:CPU would write the numbers to memory for two readers.
+        # A product, since XLA:CPU would write the result of ``where`` to memory.
         bits = (code + self.OFFSET * jnp.minimum(code, 1)) << self.SHIFT
         return _float(bits) * _float32(u_scale)
 
     def encode(self, u, u_scale):
         bits = _bits(jnp.abs(_float32(u) * (1 / _float32(u_scale))))
-        # To nearest; a carry goes on to the next octave, or to the sign bit.
+        # Rounds to nearest. A carry moves to the next octave, of NaN to the sign bit.
         half = 1 << (self.SHIFT - 1)
         code = lax.shift_right_logical(bits + half, jnp.int32(self.SHIFT)) - self.OFFSET
-        # What is not 0 does not become 0.
+        # Nonzero values stay nonzero.
         return jnp.maximum(code, jnp.minimum(bits, 1))
 
     def average(self, u, dither):
         bits = _bits(jnp.abs(u))
-        # A carry of NaN goes on to the sign bit.
+        # The carry of a NaN may reach the sign bit.
         bits_up = bits + _carry_of_each(dither, self.SHIFT, bits)
         code = lax.shift_right_logical(bits_up, jnp.int32(self.SHIFT)) - self.OFFSET
-        # What is not 0 does not become 0.
+        # Nonzero values stay nonzero.
         code = jnp.clip(code, jnp.minimum(bits, 1), self.LAST)
         return narrowed(code, jnp.uint8)
 
@@ -250,7 +260,7 @@ class Uint8Norm(_ScaledNorm):
         return jnp.maximum(code + (bits >> self.SHIFT) - self.ONE, smallest)
 
     def grown(self, code, c):
-        # n codes are a factor of 1 + n/4 at most within an octave, as the bits say.
+        # Within an octave n codes are a factor of at most 1 + n/4, with bits ONE + n.
         return code + (_bits(self.growth(c)) >> self.SHIFT) - self.ONE
 
     def store(self, code, u, u_scale):
@@ -266,15 +276,15 @@ COMPLEX_MEANS = {name: Wide(name) for name in ("complex128", "complex64")}
 
 
 def formats(m_dtype: Any, u_dtype: Any) -> tuple[Any, Any]:
-    """The formats of m and u in these dtypes."""
+    """The formats of m and u for these dtypes."""
     means = MEANS | COMPLEX_MEANS
     return means[jnp.dtype(m_dtype).name], NORMS[jnp.dtype(u_dtype).name]
 
 
 def default_dtype(dtype: Any) -> Any:
-    """What a parameter's state is stored in: its own dtype, or bfloat16 below 32 bits.
+    """The default dtype of a parameter's state: its own, or bfloat16 below 32 bits.
 
-    float32 stands for the dtype of a parameter that is not known.
+    An integer dtype, that of a state whose parameter is unknown, gives float32.
     """
     if not jnp.issubdtype(dtype, jnp.inexact):
         return jnp.dtype(jnp.float32)
@@ -287,7 +297,7 @@ def next_scale(u_scale: jax.Array, b2: jax.Array) -> tuple[jax.Array, jax.Array]
     # frexp: scale = fraction * 2^exponent with a fraction in [1/2, 1).
     _, exponent = jnp.frexp(lax.stop_gradient(scale))
     power = jnp.ldexp(jnp.ones_like(scale), 1 - exponent)
-    # With b2 = 0 nothing is left of u.
+    # With b2 = 0, u decays to 0 at once.
     is_gone = scale == 0
     return jnp.where(is_gone, 1, scale * power), jnp.where(is_gone, 0, 1 / power)
 
@@ -302,32 +312,37 @@ def _carry(dither, shift):
 
 
 def _carry_of_each(dither, shift, bits):
-    """As ``_carry``, but another one for each number, evenly spread over an array.
+    """As ``_carry``, with a threshold for each element, evenly spread over the array.
 
-    One for all would be noise of the learning rate: where all of u is rounded up, all
-    steps are shorter. Multiples of the golden ratio leave no gaps (Weyl's sequence).
+    With one threshold for all, all of u would round up at once and all steps would be
+    shorter. Multiples of the golden ratio are evenly spread (Weyl's sequence).
     """
-    place = zeros = zeros_in_the_kernel_of(bits)
+    threshold = zeros = zeros_in_the_kernel_of(bits)
     for axis in range(bits.ndim):
         index = zeros + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         step = _GOLDEN * math.prod(bits.shape[axis + 1 :]) % (1 << 32)
-        place += index * np.uint32(step)
+        threshold += index * np.uint32(step)
     # A sum modulo 1, in units of 2^-32. A dither has 24 bits.
-    place += (dither * 2.0**24).astype(jnp.uint32) << np.uint32(8)
-    return (place >> np.uint32(32 - shift)).astype(jnp.int32)
+    threshold += (dither * 2.0**24).astype(jnp.uint32) << np.uint32(8)
+    return (threshold >> np.uint32(32 - shift)).astype(jnp.int32)
 
 
 def _upper_half(magnitude, carry):
-    """float32 bits rounded up or down to 16; finite stays finite, infinity and NaN too.
+    """Truncates float32 bits to bfloat16 after adding ``carry``.
 
-    Infinity and NaN have larger bits than any number.
+    Finite values stay finite. Infinity and NaN, whose bits are above those of any
+    number, stay infinity and NaN.
     """
     finite = jnp.minimum(magnitude, _INFINITY - (1 << 16))
     return jnp.maximum(finite + carry, magnitude) & -(1 << 16)
 
 
 def _nearest(bits, finite):
-    """float32 bits rounded to their upper half; infinity and NaN stay."""
+    """Rounds float32 bits to bfloat16, to nearest.
+
+    ``finite`` holds the bits to be rounded, clipped so that they stay finite. Infinity
+    and NaN in ``bits`` stay infinity and NaN.
+    """
     return jnp.maximum(finite + (1 << 15), bits) & -(1 << 16)
 
 

@@ -1,4 +1,4 @@
-"""States of other libraries' Adam and AdaMax, and back to Optax."""
+"""Converts states of other libraries' Adam and AdaMax, and back to Optax's."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -31,35 +31,33 @@ from adamax_jax._update import one_minus_power
 def from_optax(
     state: optax.OptState, *, adam_b2: ArrayLike | None = None
 ) -> optax.OptState:
-    """The state of a running Optax Adam or AdaMax, to be continued here.
+    """Converts the state of a running Optax Adam or AdaMax, to be continued here.
 
-    Optax's two have a state of the same type: which one ran, only the caller knows.
+    In Optax the two have a state of the same type: only the caller knows which one ran.
     Every ``optax.ScaleByAdamState`` in the state becomes
 
-    - without ``adam_b2``, a :class:`ScaleByAdamaxState` with m = mu and u = nu, of
+    - without ``adam_b2``, a :class:`ScaleByAdamaxState` with m = mu and u = nu, for
       ``optax.adamax``;
     - with it, a :class:`ScaleByLpAdamState` with m = mu and u = sqrt(nu / (1 -
-      adam_b2^count)), of ``optax.adam``, ``adamw`` and others made of
+      adam_b2^count)), for ``optax.adam``, ``adamw`` and others made of
       ``optax.scale_by_adam``.
 
-    A state with both is converted part by part (``notebooks/coming_from.md``).
-
-    m has the dtype of mu, and u is real, of that of nu (for :func:`adam` float32 at
-    least), bfloat16 below 32 bits. For an optimizer with ``shared_axes`` or another
-    storage use :func:`insert_state` or :func:`convert_state` next.
+    :doc:`coming_from` converts a state with both. m has the dtype of mu, or bfloat16 if
+    that has fewer than 32 bits. u is real and has the dtype of nu by the same rule, but
+    at least float32 for :func:`adam`. Next, use :func:`insert_state` if the optimizer
+    has ``shared_axes``, and :func:`convert_state` for other dtypes.
 
     Args:
-      state: An ``optax.ScaleByAdamState``, or an optimizer's state with some in it;
-        what else is in it stays as it is.
+      state: An ``optax.ScaleByAdamState``, or an optimizer's state that contains one or
+        more; everything else in it stays unchanged.
       adam_b2: The ``b2`` of the Adam that ran, 0.999 by default in Optax; None for
-        an AdaMax.
+        AdaMax.
 
     Returns:
-      The state, in the same containers, which are those of :func:`adam`,
-      :func:`adamw`, :func:`adamax` and :func:`adamaxw`, but for ``optax.adamw`` and
-      ``optax.adamaxw`` with a mask or a scheduled decay: for these,
-      :func:`insert_state` puts it into a new state. It shares no memory with the given
-      one.
+      The state, in the same containers, which are those of :func:`adam`, :func:`adamw`,
+      :func:`adamax` and :func:`adamaxw`, except for ``optax.adamw`` and
+      ``optax.adamaxw`` with a mask or a scheduled decay: then put it into a new state
+      with :func:`insert_state`. It shares no memory with the argument.
 
     Raises:
       ValueError: If there is no ``optax.ScaleByAdamState`` in the state, or ``adam_b2``
@@ -92,23 +90,24 @@ def from_optax(
 def to_optax(
     state: optax.OptState, *, adam_b2: ArrayLike | None = None
 ) -> optax.OptState:
-    """A state as Optax's Adam or AdaMax keeps it, for tools that look for mu and nu.
+    """Converts a state to that of Optax's Adam or AdaMax, with mu and nu.
 
     Every :class:`ScaleByAdamaxState` in the state becomes an ``optax.ScaleByAdamState``
-    with mu = m and nu = u as :func:`moments` gives them: in float32 at least. A shared
+    with mu = m and nu = u as :func:`moments` gives them, in at least float32. A shared
     u is repeated along its axes. Every :class:`ScaleByLpAdamState`, of :func:`adam` or
     another optimizer with p = 2, becomes one with nu = u^2 (1 - adam_b2^count).
 
     Args:
       state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
-        optimizer's state with some of them in it; what else is in it stays as it is.
-      adam_b2: The ``b2`` of :func:`adam`, which runs on in Optax.
+        optimizer's state that contains one or more; everything else in it stays
+        unchanged.
+      adam_b2: The ``b2`` of :func:`adam`, with which Optax continues; None for AdaMax.
 
     Returns:
-      The state, in the same containers; it shares no memory with the given one.
-      ``from_optax`` brings back the numbers, and to the bit where m and the u of an
-      AdaMax were stored in 32 bits or more. (An Adam's u below 1e-19 or above 1e19 has
-      no square in float32: nu is 0 or infinity.)
+      The state, in the same containers. It shares no memory with the argument.
+      :func:`from_optax` gives the same numbers again, to the bit where m and the u of
+      an AdaMax were stored in 32 bits or more. (The square of an Adam's u below 1e-19
+      or above 1e19 is 0 or infinity in float32.)
 
     Raises:
       ValueError: If there is none of these states, there is a
@@ -140,22 +139,20 @@ def from_torch(
     names: Iterable[str],
     convert: Callable[[dict[str, Any]], optax.Params],
 ) -> ScaleByAdamaxState:
-    """The state of a running ``torch.optim.Adamax``, to be continued here.
+    """Converts the state of a running ``torch.optim.Adamax``, to be continued here.
 
     Args:
-      state_dict: What the optimizer's ``state_dict()`` returned; this function needs
-        no PyTorch.
-      names: The names of the parameters in the order in which the optimizer has them:
-        ``[name for name, _ in model.named_parameters()]`` if it was made with
-        ``model.parameters()``, else group by group. An optimizer that was made with
-        ``model.named_parameters()`` knows them, and they are compared.
-      convert: The function that brings the model's weights here: from a dictionary of
+      state_dict: What the optimizer's ``state_dict()`` returned; PyTorch is not needed.
+      names: The names of the parameters in the optimizer's order: ``[name for name, _
+        in model.named_parameters()]`` if it was made with ``model.parameters()``, else
+        group by group. They are compared with those of the optimizer if it was made
+        with ``model.named_parameters()``.
+      convert: Your function that converts the model's weights, from a dictionary of
         names and arrays to the tree of parameters. It is called with ``exp_avg`` and
-        with ``exp_inf`` in the place of the weights, in the types they have in
-        ``state_dict``, and for the names given alone: without buffers and second names
-        of tied weights. It may move numbers (transpose, reshape, split, stack) but not
-        compute with them: u is not linear. It decides on dtypes, as for weights; of
-        bfloat16 tensors ``jnp.from_dlpack`` makes arrays.
+        ``exp_inf`` in place of the weights, of the types in ``state_dict``, for these
+        names alone (no buffers, no second names of tied weights). It may transpose,
+        reshape, split and stack, but not compute: u is not linear. It chooses the
+        dtypes; ``jnp.from_dlpack`` converts bfloat16 tensors.
 
     Returns:
       The state, with m and u in the dtypes that ``convert`` returned, or bfloat16 where
@@ -165,10 +162,10 @@ def from_torch(
     Raises:
       ValueError: If names are repeated, not as many as the parameters or other than the
         optimizer's, a parameter has no state or one of another optimizer, the
-        parameters have taken different numbers of steps, or ``convert`` asks for a name
-        that is not there or returns a negative number for ``exp_inf``.
-      TypeError: If ``state_dict`` is not one, or ``convert`` returns complex numbers,
-        of which PyTorch treats the two parts apart, or float64 without
+        parameters have taken different numbers of steps, or ``convert`` asks for
+        another name or returns a negative number for ``exp_inf``.
+      TypeError: If ``state_dict`` is not one, or ``convert`` returns complex numbers
+        (PyTorch has one u for each of the two parts), or float64 without
         ``jax_enable_x64``.
 
     Examples:
@@ -218,7 +215,7 @@ def from_torch(
 
 
 def _stored(m, u):
-    """The trees of plain numbers as a state by default holds them."""
+    """Stores trees of numbers in their default dtypes."""
     m_leaves, m_treedef = jax.tree.flatten(m)
     u_leaves, u_treedef = jax.tree.flatten(u)
     stored = []
@@ -237,8 +234,8 @@ def _adamax_of_optax(state):
         count=state.count,
         m=m,
         u=u,
-        # In the container and of the shape that count has: Flax NNX wraps scalars, and
-        # vmap gives them an axis.
+        # With the container and shape of count: Flax NNX wraps scalars, and jax.vmap
+        # adds an axis.
         u_scale=jax.tree.map(lambda c: jnp.ones_like(c, jnp.float32), state.count),
     )
 
@@ -249,31 +246,31 @@ def _adam_of_optax(state, b2):
 
     def root(nu):
         nu = nu.astype(arithmetic_dtype(nu.dtype))
-        # Before the first step, nu is 0 as well.
-        return jnp.sqrt(quotient(nu, _share_of_memory(state, b2, nu)))
+        # At count 0 the correction is 0, but nu is too.
+        return jnp.sqrt(quotient(nu, _bias_correction(state, b2, nu)))
 
     return ScaleByLpAdamState(count=state.count, m=m, u=jax.tree.map(root, nu))
 
 
 def _trained(state):
-    """mu and nu, real, of what has gradients: Optax makes zeros for integers too."""
+    """mu and real nu, None for parameters without gradients, which Optax gives 0."""
     mu = jax.tree.map(lambda m: m if is_trained(m) else None, state.mu)
     nu = jax.tree.map(lambda u: jnp.real(u) if is_trained(u) else None, state.nu)
     return mu, nu
 
 
-def _share_of_memory(state, b2, u):
-    """1 - b2^count, of u's shape; each member of an ensemble has its own count."""
+def _bias_correction(state, b2, u):
+    """1 - b2^count, with u's shape. A stacked state has a count for each member."""
     count = unwrapped(state.count)
     t = jnp.asarray(count, u.dtype)
-    share = one_minus_power(b2, t).reshape(t.shape + (1,) * (u.ndim - t.ndim))
-    return jnp.broadcast_to(share, u.shape)
+    correction = one_minus_power(b2, t).reshape(t.shape + (1,) * (u.ndim - t.ndim))
+    return jnp.broadcast_to(correction, u.shape)
 
 
 def _to_scale_by_adam(state, b2):
     m, u = read_moments(state)
     if isinstance(state, ScaleByLpAdamState):
-        nu = jax.tree.map(lambda u: u**2 * _share_of_memory(state, b2, u), u)
+        nu = jax.tree.map(lambda u: u**2 * _bias_correction(state, b2, u), u)
     else:
         nu = jax.tree.map(lambda m, u: reshare(u, m.shape), m, u)
     return optax.ScaleByAdamState(count=state.count, mu=m, nu=nu)
@@ -306,7 +303,7 @@ def _check_state_dict(state_dict):
 
 
 def _checked_names(names, groups):
-    """The names as a list, as many as the parameters of all groups together."""
+    """The names as a list. Raises ValueError if they do not fit the optimizer."""
     names = list(names)
     size = sum(len(group["params"]) for group in groups)
     if len(names) != size:
@@ -355,9 +352,9 @@ def _converted(convert, states, key):
 
 
 def _same_numbers(path, x):
-    """The array, refusing what JAX would cast or PyTorch means otherwise."""
+    """Converts to a JAX array. Raises TypeError if that changes numbers."""
     given = x.dtype if isinstance(x, jax.Array) else np.asarray(x).dtype
-    # A copy: PyTorch goes on writing to the memory that the converter may share.
+    # A copy, since PyTorch may later write to memory that ``convert`` shares.
     array = jnp.array(x)
     if jnp.iscomplexobj(array):
         raise TypeError(

@@ -1,6 +1,6 @@
-"""From a direction to a descent: decoupled weight decay and the learning rate.
+"""The learning rate and decoupled weight decay.
 
-Both keep the dtypes of the updates, where Optax's own transformations promote them.
+Both keep the dtypes of the updates, which Optax's transformations promote.
 """
 
 import functools
@@ -26,7 +26,7 @@ def descend(
     learning_rate: optax.ScalarOrSchedule,
     *others: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that goes down a direction, to which others may have added."""
+    """Chains a direction, other transformations and ``-learning_rate``."""
     parts = direction, *others, _scale("learning_rate", learning_rate, sign=-1)
     chain = optax.chain(*parts)
 
@@ -42,8 +42,9 @@ def decayed_weights(
 ) -> optax.GradientTransformation:
     """Adds ``weight_decay`` times the parameters, keeping the updates' dtypes.
 
-    Optax's transformation adds as dtypes promote, so that the updates may change dtype
-    or strict promotion refuse them, and gives a mask function the updates to look at.
+    Optax's transformation promotes dtypes, so that updates change dtype or strict
+    promotion raises an error, and calls a mask function with the updates instead of the
+    parameters.
     """
     scale = _scale("weight_decay", weight_decay, sign=1)
 
@@ -75,11 +76,11 @@ def decayed_weights(
 
 
 def _which_decay(mask, params):
-    """A boolean for every parameter."""
+    """A boolean for every parameter: whether it decays."""
     if mask is None:
         return [True] * len(jax.tree.leaves(params))
-    # As in Optax: a container of booleans that can itself be called, as an Equinox
-    # module, is no function.
+    # As in Optax: a container of booleans that is callable, such as an Equinox module,
+    # is not a function.
     is_function = callable(mask) and all(map(callable, jax.tree.leaves(mask)))
     mask = mask(params) if is_function else mask
     check_mask(mask, params)
@@ -87,7 +88,7 @@ def _which_decay(mask, params):
 
 
 def _add(g, d):
-    """The sum, computed in the wider dtype, float32 at least, and rounded to g's."""
+    """g + d, computed in at least float32, in g's dtype."""
     real = arithmetic_dtype(g.dtype, d.dtype)
     return (g.astype(dtype_like(g, real)) + d.astype(dtype_like(d, real))).astype(
         g.dtype
@@ -97,9 +98,8 @@ def _add(g, d):
 def _scale(name, factor, sign):
     """Multiplies updates by a number, an array or a schedule, keeping their dtypes.
 
-    ``optax.scale`` multiplies as dtypes promote: an array factor, such as
-    ``inject_hyperparams`` makes, would turn bfloat16 updates into float32 and be
-    refused under strict promotion.
+    ``optax.scale`` promotes dtypes: an array, as from ``inject_hyperparams``, would
+    turn bfloat16 updates into float32, and raise an error under strict promotion.
     """
     if callable(factor):
         return _scale_by_schedule(lambda count: check_scalar(name, factor(count)), sign)
@@ -112,7 +112,7 @@ def _scale(name, factor, sign):
 
 
 def _scale_by_schedule(schedule, sign):
-    """As ``optax.scale_by_schedule``, whose state it has, but by ``_scaled``."""
+    """``optax.scale_by_schedule``, with its state, but keeping dtypes."""
 
     def update_fn(updates, state, params=None):
         del params
@@ -125,16 +125,16 @@ def _scale_by_schedule(schedule, sign):
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-# Jitted for the same reason as the update of a leaf.
+# Jitted for the same reason as ``update_leaf``.
 @functools.partial(jax.jit, static_argnames="sign")
 def _multiply(g, factor, *, sign):
-    # Part by part, or an infinite part would make the other one NaN.
+    # By parts, since an infinite part would make the other one NaN.
     return by_parts(lambda part: sign * jnp.asarray(factor, part.dtype) * part, g)
 
 
 def _scaled(g, factor, sign):
     is_long = g.dtype.itemsize > 4 and arithmetic_dtype(g.dtype) == jnp.float64
     if is_long and isinstance(factor, float):
-        # Where x64 is off, jax.jit takes a Python number for a float32.
+        # Without jax_enable_x64, jax.jit takes a Python number for a float32.
         factor = number(factor, jnp.float64)
     return _multiply(g, factor, sign=sign)

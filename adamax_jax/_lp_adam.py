@@ -39,14 +39,13 @@ from adamax_jax._update import (
 )
 from adamax_jax._xla import as_rounded, larger, smaller
 
-# Stands for an order of infinity. A power of 1 to it is 1, where 1^infinity is not
-# defined, and its product with any count is finite; in float32 the results are those
-# of infinity.
+# Replaces an infinite order. 1 to this power is 1, where 1^infinity is undefined, and
+# its product with any count is finite. In float32 the results are those of infinity.
 _INFINITE_ORDER = 1e28
-# Whole powers up to this one are taken by products, in half the time of exp and log.
-_LARGEST_PRODUCT = 64
-# In int8 m is stored as m / (8 u), up to 10.46 in size: at p = 2 its bound is 5.15, and
-# 7.27 at Optax's rates. A power of two, which rounds nothing.
+# Integer powers up to this one are computed by products, in half the time of exp, log.
+_MAX_PRODUCT = 64
+# In int8, m is stored as m / (8 u), for |m/u| up to 10.46. At p = 2 the bound is 5.15,
+# and 7.27 at Optax's rates. Scaling by a power of 2 is exact.
 RATIO_UNIT = 8.0
 
 
@@ -55,10 +54,10 @@ class ScaleByLpAdamState(NamedTuple):
 
     Attributes:
       count: The number of updates so far; int32 scalar.
-      m: The moving average of the gradients: a tree of the parameters' structure and
-        shapes. In int8 it holds m / (8 u).
-      u: The exponentially weighted L^p mean of the gradients: the same, but real also
-        where the parameters are complex.
+      m: The moving average of the gradients: a tree with the parameters' structure and
+        shapes, None where a parameter has no gradients. In int8 it holds m / (8 u).
+      u: The exponentially weighted L^p mean of the gradients: a tree like m. It is real
+        where parameters are complex.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -66,7 +65,7 @@ class ScaleByLpAdamState(NamedTuple):
     u: optax.Updates
 
 
-# A pickle names this place, whatever file the class moves to.
+# Pickles refer to this module, even if the class moves to another file.
 ScaleByLpAdamState.__module__ = "adamax_jax"
 
 
@@ -81,107 +80,56 @@ def scale_by_lp_adam(
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Rescales gradients by momentum divided by a decayed L^p norm.
+    r"""Rescales gradients by momentum divided by a decayed L^p norm.
 
-    With ``g_t`` the gradient at step t = 1, 2, ... and ``m_0 = u_0 = 0``, element by
-    element,
+    Elementwise, with :math:`g_t` the gradient at step t >= 1 and :math:`m_0 = u_0 = 0`:
 
-    ::
+    .. math::
 
-      m_t = b1 * m_{t-1} + (1 - b1) * g_t
-      w_t = (1 - b2^p) / (1 - b2^(p t))
-      u_t = ((1 - w_t) * u_{t-1}^p + w_t * |g_t|^p)^(1/p)
-      update_t = m_t / (1 - b1^t) / (u_t + eps)
+      m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+      w_t &= (1 - \beta_2^p) / (1 - \beta_2^{p t}) \\
+      u_t &= ((1 - w_t) u_{t-1}^p + w_t |g_t|^p)^{1/p} \\
+      \mathrm{update}_t &= \frac{m_t}{(1 - \beta_1^t) (u_t + \varepsilon)}
 
-    With p = 2 it is Adam, whose own ``b2`` is the square of this one:
-    ``optax.adam(b2=0.999)`` is ``b2=0.999**0.5`` here. With p = infinity it is AdaMax.
+    This is Adam at p = 2, whose own ``b2`` is the square of this one, and AdaMax at p =
+    infinity. No power exceeds 1, so that every p is stable. u needs no bias correction,
+    and remains a mean while p or ``b2`` changes: both, ``b1`` and ``eps`` may be
+    traced, as in ``optax.inject_hyperparams`` (with half-precision parameters pass it
+    ``hyperparam_dtype=jnp.float32``).
 
-    The paper keeps ``v_t = b2^p * v_{t-1} + (1 - b2^p) * |g_t|^p``, of which
-    ``v_t / (1 - b2^(p t))`` is ``u_t^p`` here. It overflows, or vanishes,
-    for large p: the family was called unstable. Here u itself is kept, and the larger
-    of the two terms is taken out of the sum, ::
-
-      l, h = the smaller, the larger of (1 - w_t)^(1/p) * u_{t-1}, w_t^(1/p) * |g_t|
-      u_t = h * exp(log(1 + (l / h)^p) / p)
-
-    so that no power exceeds 1: it is stable for every p. (For p = 2 squares are taken,
-    scaled by a power of two.) In float32 and at the default
-    ``b2``, a u of finite p is within 1e-5 of the exact one (relative), and within 1e-4
-    where gradients hardly change for thousands of steps. As the weights add up to 1, it
-    needs no correction, and remains a mean of the gradients where p or ``b2`` changes
-    on the way.
-
-    While p and the decay rates are constant and ``b1 < b2``, no update without Nesterov
-    momentum exceeds, by Hölder's inequality with q the conjugate of p, ::
-
-      (1 - b1) / ((1 - b2^p)^(1/p) * (1 - (b1 / b2)^q)^(1/q)),   1/p + 1/q = 1
-
-    which is approached: at the default rates 100 for p = 1, 5.15 for 2, 2.51 for 3,
-    1.24 for 8, 1.0017 for 64 and 1.0091 for infinity (7.27 for ``optax.adam``).
-
-    Arithmetic and the dtype of the update are those of :func:`scale_by_adamax`. Complex
-    gradients count by their modulus. A gradient of ``None`` leaves that part of the
-    state as it is. Integers, booleans and keys among the parameters have no state, as
-    in :func:`scale_by_adamax`. With p = ``jnp.inf``, as a number, this is
-    :func:`scale_by_adamax`, its state included.
-
-    **Storage.** Unlike AdaMax's, a u of finite p is an average. Rounded to nearest, it
-    would never change where a step changes it by less than half the distance of two
-    numbers. So below 32 bits it is rounded up or down in proportion to the remainder,
-    with a threshold from ``count`` and the position in the array, without random keys.
-    The mean is right; the noise has these standard deviations, relative to u (p = 2,
-    ``tests/test_lp_storage.py``):
-
-    ========  ================  ============================
-    u_dtype   gradients: noise  5000 steps without gradients
-    ========  ================  ============================
-    bfloat16  3 %               11 %
-    uint8     21 %              76 %
-    ========  ================  ============================
-
-    The first does not grow: after 10^5 steps it is the same. The second is after 3000
-    steps of noise, and larger after fewer. Steps in uint8 are 2 % longer on average, up
-    to 7 % where gradients are rare. A uint8 u spans what AdaMax's does.
+    Unlike AdaMax's, a u of finite p is an average. Below 32 bits it is rounded without
+    bias, which is noise: :doc:`how_it_works` has its size, the bound of ``|m/u|`` for
+    each p, and what dtypes, complex gradients and None do.
 
     Args:
       p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
-      b1: Decay rate of the mean of the gradients, in [0, 1).
-      b2: Decay rate of the norm of the gradients, in [0, 1).
-      eps: Floor of the denominator, in the gradient's unit; at least 0. With ``eps=0``
-        0/0 is 0: a coordinate that never saw a gradient does not move.
-      nesterov: Whether to look one step ahead in the mean, as
-        ``optax.adam(nesterov=True)`` does.
-      eps_inside: Whether ``eps`` is added to ``|g_t|``, or to the denominator as
-        above. False by default, since this takes the place of ``optax.scale_by_adam``;
-        True in :func:`scale_by_adamax`, which takes that of ``optax.scale_by_adamax``.
-      m_dtype: What m is stored in: None for the parameter's own dtype (bfloat16 where
-        that has fewer than 32 bits), "float64", "float32", "bfloat16" or, as its ratio
-        to 8 u, "int8", for m/u up to 10.46: the bound above must be below that, which
-        for traced numbers is not checked.
-      u_dtype: What u is stored in: None for float32, or float64 where the parameter
-        is; "float64", "float32", "bfloat16" or "uint8".
-
-    ``p``, ``b1``, ``b2`` and ``eps`` may be traced scalars, for instance those of
-    ``optax.inject_hyperparams`` (with half-precision parameters pass that
-    ``hyperparam_dtype=jnp.float32``); only Python and NumPy numbers are range-checked.
-    So p can be scheduled; from Adam to AdaMax by its inverse, as in
-    ``p=lambda count: 2 / jnp.maximum(1 - count / 1000, 0)``.
+      b1: Decay rate of m, in [0, 1).
+      b2: Decay rate of u, in [0, 1): at p = 2 the square root of Adam's.
+      eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
+        0/0 is 0: a coordinate whose gradients were all 0 does not move.
+      nesterov: Whether to use Nesterov momentum, as in ``optax.adam``.
+      eps_inside: False adds ``eps`` to u in the denominator, as Optax's Adam does; True
+        adds it to ``|g|``, as Optax's AdaMax does.
+      m_dtype: What m is stored in: None for the parameter's dtype (bfloat16 if that has
+        fewer than 32 bits), "float64", "float32", "bfloat16", or "int8" for one byte
+        (needs a bound of ``|m/u|`` below 10.46, not checked if a rate or p is traced).
+      u_dtype: What u is stored in: None for float32 (float64 if the parameter is),
+        "float64", "float32", "bfloat16", or "uint8" for one byte.
 
     Returns:
-      A transformation whose state is a :class:`ScaleByLpAdamState`; for p =
-      ``jnp.inf`` a :class:`ScaleByAdamaxState`.
+      A transformation whose state is a :class:`ScaleByLpAdamState`; for the number p =
+      ``jnp.inf`` it is :func:`scale_by_adamax`. Updates have the gradients' shapes and
+      dtypes, or the dtypes of parameters that have more bits.
 
     Raises:
-      ValueError: If ``p`` is below 1, ``b1`` or ``b2`` is outside [0, 1), ``eps`` is
-        negative or not finite, a dtype is not one of those above, or m/u may exceed
-        what int8 holds; by ``update``, if the gradients differ from the state in
-        tree structure or shape; by ``init``, if a decay rate is 1 in the precision of
-        a parameter.
-      TypeError: If a hyperparameter is not a number or a scalar array of at least 32
-        bits; by ``init``, if a parameter is not an array or has no negative numbers; by
-        ``update``, if a gradient is neither floating-point nor complex, if it is
-        complex where the parameter is real or the other way round, or if the state is
-        of another type or in other dtypes than ``init`` makes.
+      ValueError: If a hyperparameter is out of range (traced ones are not checked) or a
+        dtype is not listed above, or m/u may exceed what int8 holds; by ``init``, if a
+        decay rate rounds to 1, or float64 is not enabled; by ``update``, if structures
+        or shapes of gradients and state differ.
+      TypeError: If an argument has a wrong type or a hyperparameter fewer than 32 bits;
+        by ``init``, if a parameter is no array, or m cannot be stored for its dtype; by
+        ``update``, if a gradient is an integer, or complex where the parameter is real
+        or vice versa, or if the state has another type or other dtypes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -236,12 +184,12 @@ def scale_by_order(
     m_dtype: Any,
     u_dtype: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """What :func:`scale_by_lp_adam` and :func:`scale_by_adam` have in common.
+    """The common implementation of :func:`scale_by_lp_adam` and :func:`scale_by_adam`.
 
     Args:
       p: A finite or traced order.
       decay_power: u decays by ``b2`` to this power.
-      eps_root: What is added to the square of u, under a root.
+      eps_root: Added to the square of u, under a root.
 
     The other arguments are those of :func:`scale_by_lp_adam`.
     """
@@ -252,11 +200,10 @@ def scale_by_order(
     m_dtype = check_dtype("m_dtype", m_dtype, MEANS)
     u_dtype = check_dtype("u_dtype", u_dtype, NORMS)
     if m_dtype == jnp.int8:
-        bound = _longest_ratio(p, b1, b2, decay_power)
+        bound = _max_ratio(p, b1, b2, decay_power)
         limit = RATIO_UNIT * Int8Mean.LARGEST_RATIO
         check_bound(bound, limit, RATIO_UNIT, f"p={p}, b1={b1} and b2={b2}")
-    # A mean of finite order multiplies the eps inside of it by a weight, which may be
-    # so small that the product is 0.
+    # An eps inside is multiplied by a weight of the mean: the product may underflow.
     is_positive = not eps_inside and is_surely_positive(eps)
     rule = Rule(
         nesterov,
@@ -334,33 +281,50 @@ def lp_adam(
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam with the L^p norm in place of the root mean square.
+    r"""Adam with the L^p norm in place of the root mean square.
 
-    ::
+    With :math:`\theta_t` the parameter, :math:`\alpha` the learning rate, and m and u
+    as in :func:`scale_by_lp_adam`:
 
-      theta_t = theta_{t-1} - learning_rate * m_t / (1 - b1^t) / (u_t + eps)
+    .. math::
 
-    with m and u as in :func:`scale_by_lp_adam`, which explains the
-    arguments that are not listed here: Adam at p = 2 (with the square root of its
-    ``b2``), AdaMax at p = infinity, and stable between them. The larger p, the closer
-    is the longest step to the learning rate (to within 1 %), and the more do large
-    first gradients count: warm up, or lower ``b2``. In
-    ``notebooks/05_from_adam_to_adamax.ipynb`` no p above 2 was clearly better than
-    Adam.
+      \theta_t = \theta_{t-1} - \frac{\alpha m_t}{(1 - \beta_1^t) (u_t + \varepsilon)}
+
+    The larger p, the closer is the longest step to the learning rate (within 1 %), and
+    the more do large first gradients count: warm up, or lower ``b2``. No p above 2 was
+    clearly better than Adam (:doc:`05_from_adam_to_adamax`).
 
     Args:
-      learning_rate: A number, a scalar array, or a schedule from the count of updates,
-        starting at 0.
-      p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
+      learning_rate: A number, a scalar array, or a schedule (a function of the count of
+        updates, which starts at 0).
+      p: The order of the norm, at least 1: 2 for Adam, ``jnp.inf`` for AdaMax. To
+        schedule it, use ``optax.inject_hyperparams``: by its inverse from Adam to
+        AdaMax, as in ``p=lambda count: 2 / jnp.maximum(1 - count / 1000, 0)``.
+      b1: Decay rate of m, in [0, 1).
+      b2: Decay rate of u, in [0, 1): at p = 2 the square root of Adam's.
+      eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
+        0/0 is 0: a coordinate whose gradients were all 0 does not move.
+      nesterov: Whether to use Nesterov momentum, as in ``optax.adam``.
+      eps_inside: False adds ``eps`` to u in the denominator, as Optax's Adam does; True
+        adds it to ``|g|``, as Optax's AdaMax does.
+      m_dtype: What m is stored in: None for the parameter's dtype (bfloat16 if that has
+        fewer than 32 bits), "float64", "float32", "bfloat16", or "int8" for one byte
+        (needs a bound of ``|m/u|`` below 10.46, not checked if a rate or p is traced).
+      u_dtype: What u is stored in: None for float32 (float64 if the parameter is),
+        "float64", "float32", "bfloat16", or "uint8" for one byte.
 
     Returns:
-      An optimizer whose updates are to be added to the parameters
-      (``optax.apply_updates``), in the dtypes of :func:`scale_by_adamax`. Its state is
-      a tuple whose first item is that of :func:`scale_by_lp_adam`.
+      An optimizer whose updates are to be added to the parameters, as
+      ``optax.apply_updates`` does. They have the gradients' shapes and dtypes, or the
+      dtypes of parameters that have more bits. Its state is a tuple whose first item is
+      that of :func:`scale_by_lp_adam`.
 
     Raises:
-      ValueError, TypeError: As :func:`scale_by_lp_adam`; also if ``learning_rate`` is
-        not a finite number, a scalar array or a schedule.
+      ValueError: If a hyperparameter is out of range or a dtype is not listed above, or
+        m/u may exceed what int8 holds; by ``init`` and ``update``, as
+        :func:`scale_by_lp_adam`.
+      TypeError: If an argument has a wrong type; by ``init`` and ``update``, as
+        :func:`scale_by_lp_adam`.
 
     Examples:
       From Adam to AdaMax in the course of training:
@@ -409,30 +373,46 @@ def lp_adamw(
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam with the L^p norm and decoupled weight decay.
+    r""":func:`lp_adam` with decoupled weight decay.
 
-    ::
+    With :math:`\lambda` the weight decay, and m and u as in :func:`scale_by_lp_adam`:
 
-      theta_t = theta_{t-1} - learning_rate * (
-        m_t / (1 - b1^t) / (u_t + eps) + weight_decay * theta_{t-1}
-      )
+    .. math::
 
-    with m and u as in :func:`scale_by_lp_adam`, which the weight decay never enters.
+      \theta_t = \theta_{t-1} - \alpha \left( \frac{m_t}{(1 - \beta_1^t)
+      (u_t + \varepsilon)} + \lambda \theta_{t-1} \right)
 
     Args:
-      learning_rate: As in :func:`lp_adam`; it multiplies the weight decay as well.
-      p: The order of the norm, at least 1; ``jnp.inf`` for AdaMax.
-      weight_decay: As in :func:`adamaxw`.
-      mask: Which parameters decay, as in :func:`adamaxw`.
-
-    The other arguments are explained at :func:`scale_by_lp_adam`.
+      learning_rate: A number, a scalar array, or a schedule (a function of the count of
+        updates, which starts at 0). It multiplies the weight decay too.
+      p: The order of the norm, at least 1: 2 for Adam, ``jnp.inf`` for AdaMax.
+      b1: Decay rate of m, in [0, 1).
+      b2: Decay rate of u, in [0, 1): at p = 2 the square root of Adam's.
+      eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
+        0/0 is 0: a coordinate whose gradients were all 0 does not move.
+      weight_decay: The fraction of a parameter that a step at learning rate 1 removes:
+        a number, a scalar array, or a schedule.
+      mask: Which parameters decay: a tree of booleans like the parameters, a prefix of
+        it, or a function of the parameters that returns one; None for all. Pass
+        ``static_args="mask"`` to ``optax.inject_hyperparams``.
+      nesterov: Whether to use Nesterov momentum, as in ``optax.adam``.
+      eps_inside: False adds ``eps`` to u in the denominator, as Optax's Adam does; True
+        adds it to ``|g|``, as Optax's AdaMax does.
+      m_dtype: What m is stored in: None for the parameter's dtype (bfloat16 if that has
+        fewer than 32 bits), "float64", "float32", "bfloat16", or "int8" for one byte
+        (needs a bound of ``|m/u|`` below 10.46, not checked if a rate or p is traced).
+      u_dtype: What u is stored in: None for float32 (float64 if the parameter is),
+        "float64", "float32", "bfloat16", or "uint8" for one byte.
 
     Returns:
-      An optimizer as :func:`lp_adam` returns; its ``update`` needs the parameters.
+      An optimizer as :func:`lp_adam` returns. Its ``update`` needs the parameters.
 
     Raises:
-      ValueError, TypeError: As :func:`lp_adam`; ValueError also by ``update`` without
-        parameters, or with parameters of another shape than the gradients.
+      ValueError: As :func:`lp_adam`; also by ``update``, without parameters, if their
+        shapes are not those of the gradients, or if ``mask`` is False or has another
+        structure.
+      TypeError: As :func:`lp_adam`; also by ``update``, if ``mask`` holds anything but
+        booleans.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -446,7 +426,10 @@ def lp_adamw(
       (-0.10000000149011612, 0.0)
 
     References:
-      As of :func:`adamaxw` and :func:`lp_adam`.
+      Loshchilov and Hutter, `Decoupled Weight Decay Regularization
+      <https://arxiv.org/abs/1711.05101>`_, 2019. Daley and Amato, `Investigating
+      Alternatives to the Root Mean Square for Adaptive Gradient Methods
+      <https://arxiv.org/abs/2106.05449>`_, 2021.
     """
     scale = scale_by_lp_adam(
         p,
@@ -465,19 +448,18 @@ def _weights(p, b2, decay_power, t):
     """The scalars of u at step t, where u decays by b2^decay_power.
 
     Returns:
-      A dictionary of ``p``, ``decay`` = (1 - w)^(1/p), ``one_minus_decay``, which is 1
-      minus that to all digits, and ``weight`` = w^(1/p): b2, 1 - b2 and 1 where p is
-      infinity. (None for 1 minus the decay of :func:`scale_by_adam`, where p is 2.)
+      A dictionary of ``p``, ``decay`` = (1 - w)^(1/p), ``one_minus_decay``, computed
+      without cancellation (None if ``decay_power`` is not 1: p = 2 does not need it),
+      and ``weight`` = w^(1/p). For infinite p they are b2, 1 - b2 and 1.
     """
-    # Also before it is an array: jax.debug_infs looks at those.
+    # Clipped before it becomes an array, since jax.debug_infs checks arrays.
     p = min(p, _INFINITE_ORDER) if isinstance(p, float) else p
     p = smaller(number(p, t.dtype), number(_INFINITE_ORDER, t.dtype))
     power = decay_power * p
     w = one_minus_power(b2, power) / one_minus_power(b2, power * t)
-    # With b the rate of decay, 1 - w = b^p (1 - w b^(p (t - 1))). The decay is the p-th
-    # root of that: b times a factor that tends to 1, whose logarithm this is. At t = 1
-    # the factor would be 0, which has no logarithm; u is 0 before it, so that any other
-    # decay does as well.
+    # With b the decay rate, 1 - w = b^p (1 - w b^(p (t - 1))). The decay is the p-th
+    # root of 1 - w: b times a factor that tends to 1. At t = 1 the factor is 0 and has
+    # no logarithm, but u_0 = 0, so that any decay will do.
     past = jnp.maximum(t - 1, 1)
     log_factor = jnp.log1p(-w * (1 - one_minus_power(b2, power * past))) / p
     rate, one_minus_decay = number(b2, t.dtype), None
@@ -489,13 +471,13 @@ def _weights(p, b2, decay_power, t):
         "p": p,
         "decay": rate * jnp.exp(log_factor),
         "one_minus_decay": one_minus_decay,
-        # Rounded, it may be above 1, and its product with the largest number infinite.
+        # Rounding may lift it above 1, and its product with the max would overflow.
         "weight": smaller(jnp.exp(jnp.log(w) / p), jnp.ones_like(w)),
     }
 
 
-def _longest_ratio(p, b1, b2, decay_power):
-    """The bound of |m/u| by Hölder's inequality; 0 where a number is traced."""
+def _max_ratio(p, b1, b2, decay_power):
+    """The bound of |m/u| by Hölder's inequality; 0 if a number is traced."""
     if not all(isinstance(x, float) for x in (p, b1, b2)):
         return 0.0
     rate = b2**decay_power
@@ -507,25 +489,28 @@ def _longest_ratio(p, b1, b2, decay_power):
 
 
 class MeanOfOrder(NamedTuple):
-    """The next u of the family, with an order that shapes the compiled code."""
+    """The next u of the L^p family.
+
+    ``known_p`` is an order for which the compiled code is faster, or None.
+    """
 
     known_p: int | None
 
     def __call__(self, norm, u, magnitude, c):
-        """((1 - w) u^p + w |g|^p)^(1/p), in floats; no power of it exceeds 1."""
+        """((1 - w) u^p + w |g|^p)^(1/p), in floats, without powers above 1."""
         if self.known_p == 2:
             return _quadratic_mean(u, magnitude, c)
         old, new = c.decay * u, c.weight * magnitude
-        # Of two equal terms the old one is the high one, as in is_close below.
+        # If both are equal, the old one is ``high``, as ``is_close`` below expects.
         high, low = larger(new, old), smaller(new, old)
         ratio = divide(low, jnp.where(high == 0, 1, high))
         power = _power(ratio, c.p, self.known_p)
         # (1 + power)^(1/p) - 1, without the rounding of 1 + power.
         gain = jnp.expm1(jnp.log1p(power) / c.p)
-        # An average changes by little at a step and remembers an error of it for long:
-        # the change is added to u, instead of multiplying by a number close to 1.
+        # An average changes little in a step and keeps rounding errors for long. So the
+        # change is added to u, instead of multiplying u by a number close to 1.
         is_close = (new <= old) & (c.decay > 0.5)
-        # Plus zeros: the choice needs the sharding of both.
+        # Adding zeros gives it the sharding of both, which ``where`` needs.
         base = jnp.where(is_close, u + jnp.zeros_like(high), high)
         change = jnp.where(is_close, c.decay * gain - c.one_minus_decay, gain)
         mean = base + base * change
@@ -537,24 +522,23 @@ class MeanOfOrder(NamedTuple):
 
 def _quadratic_mean(u, magnitude, c):
     """sqrt((1 - w) u^2 + w |g|^2): p = 2, in half the time of the other orders."""
-    # As u^2 + w (|g|^2 - u^2), which leaves u where it is if |g| = u: an average
-    # remembers a rounding error for long. Where the weight is large, the difference
-    # would round |g| away.
+    # u^2 + w (|g|^2 - u^2), which leaves u unchanged if |g| = u: an average keeps
+    # rounding errors for long. If w is large, the difference would lose |g|.
     w = c.weight**2
     is_slow = w < 0.5
     past = jnp.where(is_slow, 1, c.decay) * u
     high = jnp.maximum(past, magnitude)
-    # Scaled by a power of 2, no square overflows, or vanishes but beside the other.
+    # Scaled by a power of 2: no square overflows, and none that matters underflows.
     limit = 2.0 ** (jnp.finfo(u.dtype).maxexp * 5 // 16)
     is_huge, is_tiny = high > limit, high < 1 / limit
     scale = jnp.where(is_huge, limit**-2, jnp.where(is_tiny, limit**2, 1.0))
     inverse = jnp.where(is_huge, limit**2, jnp.where(is_tiny, limit**-2, 1.0))
     old, new = (scale * past) ** 2, (scale * magnitude) ** 2
     square = old + w * (new - jnp.where(is_slow, old, 0))
-    # The inner where keeps the derivative at 0 finite.
+    # The inner ``where`` keeps the derivative at 0 finite.
     is_zero = square == 0
     mean = inverse * jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
-    # Rounded, a mean might be above the larger of its numbers, and infinite.
+    # Rounding might lift a mean above its larger number, and to infinity.
     return as_rounded(mean, jnp.minimum(mean, jnp.maximum(u, magnitude)))
 
 
@@ -562,17 +546,17 @@ def _power(x, p, known_p):
     """x^p for x in [0, 1]."""
     if known_p is not None:
         return x**known_p
-    # A logarithm of 0 has no derivative, and one of the smallest number no second one.
+    # log has no derivative at 0, and no second one at the smallest number.
     floor = float(jnp.finfo(x.dtype).tiny) ** 0.5
     return jnp.exp(p * jnp.log(larger(x, number(floor, x.dtype))))
 
 
 def _known(p):
-    """An order that shapes the compiled code, a small whole number, or None."""
-    is_whole = isinstance(p, float) and p <= _LARGEST_PRODUCT and p.is_integer()
+    """p as an integer, for code of its own, if it is small and whole; else None."""
+    is_whole = isinstance(p, float) and p <= _MAX_PRODUCT and p.is_integer()
     return int(p) if is_whole else None
 
 
 def _u_dtype(p, u_dtype):
-    """The dtype of u for a parameter: real, float32 at least unless asked for."""
+    """The dtype of u for a parameter: ``u_dtype``, or at least float32."""
     return u_dtype or jnp.dtype(arithmetic_dtype(jnp.result_type(p)))

@@ -15,7 +15,7 @@ from adamax_jax._checks import (
     is_array,
 )
 from adamax_jax._halves import is_half, join, split, step, threshold_of
-from adamax_jax._state import copied, map_states, place, some_states
+from adamax_jax._state import copied, map_states, put_like, some_states
 from adamax_jax._trees import leaves_beside, name_of, path_finder
 
 
@@ -23,10 +23,10 @@ class MasterWeightsState(NamedTuple):
     """State of :func:`master_weights`.
 
     Attributes:
-      count: The number of updates so far; int32 scalar. ``inner_state`` has another:
+      count: The number of updates so far; int32 scalar. ``inner_state`` has its own:
         ``optax.tree.get(state, "ScaleByAdamaxState").count``.
-      residual: What the parameters in half precision lack of float32 ones: integers in
-        a tree of the parameters' structure and shapes, None for all other parameters
+      residual: Each float32 parameter minus its half-precision value: integers in a
+        tree with the parameters' structure and shapes, None for all other parameters
         (give ``optax.tree.map_params`` ``is_leaf=lambda x: x is None``).
       inner_state: The state of the wrapped optimizer, for float32 parameters.
     """
@@ -36,81 +36,57 @@ class MasterWeightsState(NamedTuple):
     inner_state: optax.OptState
 
 
-# A pickle names this place, whatever file the class moves to.
+# Pickles refer to this module, even if the class moves to another file.
 MasterWeightsState.__module__ = "adamax_jax"
 
 
 def master_weights(
     optimizer: optax.GradientTransformation, residual_dtype: DTypeLike = "int16"
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains parameters in half precision as if they were in float32.
+    r"""Trains parameters in half precision as if they were in float32.
 
-    A step that is shorter than half the distance of a parameter to the next number of
-    its dtype is rounded away: in bfloat16, one of 1e-3 beside a parameter of 1. Here
-    the state keeps, in two bytes or in one, the residual that is left over when the
-    float32 parameter is rounded. With p the parameter, r its residual
-    and ``update`` that of the wrapped optimizer,
+    With p the parameter, r its residual, g the gradient, and ``update`` that of the
+    wrapped optimizer:
 
-    ::
+    .. math::
 
-      x_t = p_{t-1} + r_{t-1} + update(g_t, p_{t-1} + r_{t-1})
-      p_t = round(x_t)
-      r_t = x_t - p_t
+      x_t &= p_{t-1} + r_{t-1} + \mathrm{update}(g_t, p_{t-1} + r_{t-1}) \\
+      p_t &= \mathrm{round}(x_t) \\
+      r_t &= x_t - p_t
 
-    So the optimizer sees float32 parameters and gradients, for its weight decay too,
-    and its ``init`` makes the state of such.
+    A step shorter than half the distance to the next number of a dtype is rounded away:
+    in bfloat16, 1e-3 at a parameter of 1. The residual keeps what is rounded away. So
+    the optimizer sees float32 parameters and gradients, and with bfloat16 and "int16" p
+    and r are the float32 master weights of mixed-precision training, in 4 bytes instead
+    of 6. :doc:`how_it_works` has their exact range, and what happens if other code
+    changes p.
 
-    With bfloat16 parameters and ``residual_dtype="int16"``, p and r together are in
-    every bit the float32 master weights of mixed-precision training, in 4 bytes instead
-    of 6, as far as the compiler rounds the wrapped optimizer's arithmetic alike. That
-    holds for parameters between 2^-110 and 2^126 in size, and for 0, with two
-    exceptions. Where one step takes a parameter past 0 to less than 2^-15 of its size,
-    it is off by up to 2^-23 of that size, since no float32 update leads there. And a
-    parameter that is infinite in half precision stays infinite. float16 parameters are
-    exact where they are 2^-16 at least (but for the same exceptions), and known to
-    2^-40 below. With "int8" x has 16 significant bits (in float16 18), and is rounded
-    up or down in proportion to its place between two numbers, by ``count``, so that
-    steps far below that move it at the right speed. Derivatives pass as if nothing was
-    rounded. Parameters in 32 bits or more, and complex ones, have no residual: the
-    optimizer updates them as it would without this wrapper.
-
-    **Updates** are in float32 for all parameters with a residual: one in bfloat16
-    cannot always lead exactly from one bfloat16 number to another.
-    ``optax.apply_updates`` and ``flax.nnx.Optimizer`` add them to p;
-    ``equinox.apply_updates`` would turn the parameters into float32: use Optax's, of
-    ``eqx.filter(model, eqx.is_inexact_array)``, and ``eqx.combine``. Under
-    ``jax.numpy_dtype_promotion("strict")`` neither adds float32 to bfloat16: allow
-    "standard" around that addition.
-
-    **Order.** This wrapper goes around everything that changes an update, including
-    ``optax.chain``, ``optax.lookahead`` and ``optax.contrib.schedule_free``, and around
-    ``optax.apply_if_finite``, which wants updates in the gradients' dtype. Only what
-    hands updates on as they are may go around it: ``optax.masked``,
-    ``optax.partition``, ``optax.MultiSteps``, and ``optax.chain`` if it is the last.
-
-    **Loss scaling**, which float16 gradients need, is undone inside, in float32:
-    ``master_weights(optax.chain(optax.scale(1 / scale), optimizer))``.
-
-    **Parameters that others change.** The residual belongs to the parameter it was
-    taken from. It is an offset of at most half the distance to the next number: where
-    somebody else changes a parameter (by clipping, tying, or loading), the float32
-    number is within that of the new value. :func:`set_full_params` sets both.
+    Put this wrapper around everything that changes updates: ``apply_if_finite``,
+    ``lookahead``, ``schedule_free``, and a ``chain`` that does so after the optimizer.
+    Only ``optax.masked``, ``partition``, ``MultiSteps``, and a ``chain`` in which the
+    wrapper is the last part, such as one that clips gradients, may go around it. Undo
+    loss scaling inside, in float32: ``master_weights(optax.chain(optax.scale(1 /
+    scale), optimizer))``.
 
     Args:
       optimizer: Any optimizer, this package's or Optax's.
-      residual_dtype: "int16" or "int8".
+      residual_dtype: "int16", or "int8" for 16 significant bits (18 for float16),
+        rounded without bias.
 
     Returns:
       An optimizer whose ``update`` needs the parameters, and whose state is a
-      :class:`MasterWeightsState`.
+      :class:`MasterWeightsState`. Its updates have the gradients' shapes. They are
+      float32 for half-precision parameters: ``optax.apply_updates`` and
+      ``flax.nnx.Optimizer`` add them, ``equinox.apply_updates`` would promote the
+      parameters. Other parameters are updated as without this wrapper.
 
     Raises:
       ValueError: If ``residual_dtype`` is another dtype; by ``update``, without
-        parameters, or if a residual does not have its parameter's shape.
-      TypeError: If ``optimizer`` is none or ``residual_dtype`` is no dtype; by
-        ``init``, if a parameter has 8 bits or is no array; by ``update``, if the
-        state is another optimizer's or a parameter has other than half precision where
-        it had that at ``init``, or the other way round.
+        parameters, or if a residual does not have its parameter's structure or shape.
+      TypeError: If ``optimizer`` has no ``init`` and ``update``, or ``residual_dtype``
+        is no dtype; by ``init``, if a parameter has 8 bits or is no array; by
+        ``update``, if the state is another optimizer's or a parameter has not the kind
+        of dtype that it had at ``init``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -130,9 +106,8 @@ def master_weights(
 
     References:
       Micikevicius et al., `Mixed Precision Training
-      <https://arxiv.org/abs/1710.03740>`_, 2018, on master weights. Zamirai et al.,
-      `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020, on what
-      is lost without.
+      <https://arxiv.org/abs/1710.03740>`_, 2018. Zamirai et al., `Revisiting BFloat16
+      Training <https://arxiv.org/abs/2010.06192>`_, 2020.
     """
     residual_dtype = check_dtype(
         "residual_dtype", residual_dtype, ("int16", "int8"), optional=False
@@ -202,20 +177,26 @@ def full_params(params: optax.Params, state: optax.OptState) -> optax.Params:
 
     Args:
       params: The parameters.
-      state: Their :class:`MasterWeightsState`, or an optimizer's state with some in it.
+      state: Their :class:`MasterWeightsState`, or an optimizer's state that contains
+        one or more.
 
     Returns:
-      The parameters, in float32 where they have a residual, else as they are; they
-      share no memory with the arguments.
+      The parameters, in float32 if they have a residual, else unchanged. They share no
+      memory with the arguments.
 
     Raises:
       ValueError: If there is no :class:`MasterWeightsState` in the state, two of them
-        have a residual at one path, the shapes of parameters and residuals differ, or a
-        residual has no parameter.
-      TypeError: If a parameter with a residual has other than half precision.
+        have a residual at one path, a residual has another shape than its parameter, or
+        it has no parameter.
+      TypeError: If a parameter with a residual is not in half precision.
 
     Examples:
-      As of :func:`master_weights`.
+      >>> import jax.numpy as jnp
+      >>> from adamax_jax import adamax, full_params, master_weights
+      >>> params = {"scale": jnp.ones(1, jnp.bfloat16)}
+      >>> state = master_weights(adamax()).init(params)
+      >>> full_params(params, state)
+      {'scale': Array([1.], dtype=float32)}
     """
     residuals = _Residuals(state, params)
 
@@ -231,25 +212,26 @@ def full_params(params: optax.Params, state: optax.OptState) -> optax.Params:
 def set_full_params(
     params: optax.Params, state: optax.OptState, full: optax.Params
 ) -> tuple[optax.Params, optax.OptState]:
-    """Parameters and a state that stand for given float32 parameters.
+    """Sets the float32 parameters that :func:`master_weights` trains.
 
-    So the weights of another run become half-precision parameters without loss.
-    ``set_full_params(params, state, params)`` forgets the residuals.
+    The weights of another run become half-precision parameters without loss.
+    ``set_full_params(params, state, params)`` sets the residuals to 0.
 
     Args:
       params: The parameters, whose dtypes are kept.
-      state: Their :class:`MasterWeightsState`, or an optimizer's state with some in it.
+      state: Their :class:`MasterWeightsState`, or an optimizer's state that contains
+        one or more.
       full: The new values, in the structure of ``params``.
 
     Returns:
-      The parameters and the state, where the old ones lie and without sharing memory
-      with any of the arguments, of which :func:`full_params` makes ``full`` again:
-      exactly, or as exactly as :func:`master_weights` says of the dtypes.
+      The new parameters and the new state, on the devices of the old ones, sharing no
+      memory with the arguments. :func:`full_params` of both gives ``full`` again, as
+      exactly as :func:`master_weights` stores a dtype.
 
     Raises:
-      ValueError, TypeError: As :func:`full_params`; ValueError also if ``full`` has
-        another structure or other shapes than the parameters, or is complex where they
-        are real.
+      ValueError: As :func:`full_params`; also if ``full`` has another structure or
+        other shapes than the parameters, or is complex where they are real.
+      TypeError: As :func:`full_params`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -277,10 +259,10 @@ def set_full_params(
             )
         residual_path, r = residuals.of(path, p)
         if r is None:
-            return place(jnp.asarray(x, jnp.result_type(p)), p)
+            return put_like(jnp.asarray(x, jnp.result_type(p)), p)
         new_p, new_r = split(jnp.asarray(x, jnp.float32), p.dtype, r.dtype)
-        new_residuals[residual_path] = place(new_r, r)
-        return place(new_p, p)
+        new_residuals[residual_path] = put_like(new_r, r)
+        return put_like(new_p, p)
 
     params = jax.tree_util.tree_map_with_path(half, params, full)
     residuals.check_all_were_used()
@@ -325,7 +307,7 @@ class _Residuals:
         return residual_path, r
 
     def check_all_were_used(self):
-        """Refuses parameters among which those of some residuals are missing."""
+        """Raises ValueError if a residual has no parameter."""
         for path in self._unused:
             raise ValueError(
                 f"The state has a residual at {name_of(path)}, where there is no "
@@ -346,7 +328,7 @@ def _beside(residual, params):
 
 
 def _check_fit(path, p, r):
-    """Refuses a residual beside a parameter of another shape or kind of dtype."""
+    """Raises an error if p is not in half precision or r has another shape."""
     if not is_half(p):
         raise TypeError(
             f"The parameter at {name_of(path)} has dtype {jnp.result_type(p)}, but at "
@@ -372,7 +354,7 @@ def _check_params(params):
 
 
 def _check_residuals(residuals, params, residual_dtype):
-    """Refuses a state that does not belong to the parameters."""
+    """Raises an error if residuals and parameters do not fit."""
     for (path, p), r in zip(jax.tree.leaves_with_path(params), residuals, strict=True):
         if r is None:
             if is_array(p) and is_half(p):
@@ -391,7 +373,7 @@ def _check_residuals(residuals, params, residual_dtype):
 
 
 def _in_full(p):
-    """A parameter at init, or its gradient, as the wrapped optimizer sees it."""
+    """Casts half precision to float32: what the wrapped optimizer is given."""
     if not is_half(p):
         return p
     if isinstance(p, jax.ShapeDtypeStruct):

@@ -12,10 +12,10 @@ from adamax_jax._xla import clip, divisible
 
 
 def by_parts(function: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """A function of real arrays, applied to the parts of complex ones.
+    """Applies a function of real arrays to the real and imaginary parts separately.
 
-    In real arithmetic nothing is squared. A complex division by u would overflow above
-    1e19, and a complex product with a real number turns an infinity into NaN.
+    So nothing is squared: a complex division by u would overflow above 1e19, and a
+    complex product with a real number turns infinity into NaN.
     """
     if not any(map(jnp.iscomplexobj, arrays)):
         return function(*arrays)
@@ -25,10 +25,12 @@ def by_parts(function: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 
 def within(x: jax.Array, largest: float) -> jax.Array:
-    """Clips finite numbers to a magnitude; infinities and NaN stay."""
+    """Clips finite numbers to a magnitude; infinity and NaN stay."""
     if jnp.iscomplexobj(x):
-        # A little less, since the modulus of a clipped number is rounded.
-        return _shortened(x, number((1 - 2.0**-20) * largest, jnp.real(x).dtype), 1.0)
+        # Slightly less, since the modulus of a clipped number is rounded.
+        return _clip_modulus(
+            x, number((1 - 2.0**-20) * largest, jnp.real(x).dtype), 1.0
+        )
     if largest >= float(jnp.finfo(x.dtype).max):
         return x
     is_beyond = (jnp.abs(x) > largest) & (jnp.abs(x) < jnp.inf)
@@ -36,23 +38,23 @@ def within(x: jax.Array, largest: float) -> jax.Array:
 
 
 def at_most(x: jax.Array, size: jax.Array) -> jax.Array:
-    """Clips to the magnitudes in an array, real infinities too."""
+    """Clips x to the magnitudes ``size``, real infinities too."""
     if jnp.iscomplexobj(x):
-        return _shortened(x, size, 1 + 2.0**-20)
+        return _clip_modulus(x, size, 1 + 2.0**-20)
     return clip(x, size)
 
 
-def _shortened(x, size, tolerance):
-    """Complex numbers clipped in modulus; they keep their direction.
+def _clip_modulus(x, size, tolerance):
+    """Clips the modulus of complex numbers and keeps their argument.
 
-    A number with finite parts counts as finite, even if its modulus overflows. Where
-    size is |x| + eps, ``tolerance`` has the purpose that :func:`clip` explains.
+    A number with finite parts counts as finite, even if its modulus overflows. If
+    ``size`` is |x| + eps, ``tolerance`` is needed as in :func:`clip`.
     """
-    # Plus zeros, for the shape and the sharding of both.
+    # Adding zeros gives the shape and the sharding of both.
     half = jnp.abs(by_parts(lambda part: part / 2, x)) + jnp.zeros_like(size)
     is_beyond = jnp.isfinite(half) & (half > tolerance / 2 * size)
-    share = jnp.where(is_beyond, (size / 2) / jnp.where(is_beyond, half, 1), 1)
-    return by_parts(lambda part: part * share, x)
+    factor = jnp.where(is_beyond, (size / 2) / jnp.where(is_beyond, half, 1), 1)
+    return by_parts(lambda part: part * factor, x)
 
 
 def quotient(x: jax.Array, y: jax.Array, is_positive: bool = False) -> jax.Array:
@@ -61,20 +63,20 @@ def quotient(x: jax.Array, y: jax.Array, is_positive: bool = False) -> jax.Array
     Args:
       x: Real numbers.
       y: Real numbers, of x's shape or broadcast to it.
-      is_positive: Whether no y can be 0, so that none is looked for.
+      is_positive: Whether every y is nonzero, so that no test for 0 is needed.
     """
     x, y = divisible(x, y)
     if is_positive:
         return divide(x, y)
-    # The inner where keeps the derivative of the untaken branch finite. Compared with
-    # ==, a NaN goes on to the update instead of being hidden.
+    # The inner ``where`` keeps the derivative of the branch not taken finite. A NaN is
+    # not 0, so that the update shows it.
     is_zero = y == 0
     return jnp.where(is_zero, 0, divide(x, jnp.where(is_zero, 1, y)))
 
 
 @jax.custom_jvp
 def divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / y, whose own derivative by y divides by y^2, which is 0 for a y of 1e-23."""
+    """x / y. Its derivatives do not divide by y^2, which may underflow."""
     return x / y
 
 
@@ -86,7 +88,7 @@ divide.defjvps(
 
 @jax.custom_jvp
 def root_of_sum(u: jax.Array, square: jax.Array) -> jax.Array:
-    """sqrt(u^2 + square), for u and square >= 0, whose own derivative by 0 is NaN."""
+    """sqrt(u^2 + square) for u, square >= 0, with finite derivatives at 0."""
     return jnp.hypot(u, jnp.sqrt(square))
 
 
@@ -101,27 +103,24 @@ def _(primals, tangents):
 
 
 def dtype_of(x: Any) -> Any:
-    """The dtype of a leaf, or the one that JAX makes of it: of NumPy's float64, say.
+    """The dtype that JAX gives a leaf; it may differ from that of a NumPy array.
 
-    jnp.result_type takes as long as a computation.
+    Calls jnp.result_type, which takes as long as a computation, only if it has to.
     """
     return x.dtype if isinstance(x, jax.Array) else jnp.result_type(x)
 
 
 def arithmetic_dtype(*dtypes: Any) -> Any:
-    """What numbers of these dtypes are computed in: float32, or float64.
-
-    float64 where one of them, or the parts of a complex one, is.
-    """
+    """float64 if one of the dtypes is float64 or complex128, else float32."""
     doubles = {jnp.dtype(jnp.float64), jnp.dtype(jnp.complex128)}
     is_double = any(jnp.dtype(dtype) in doubles for dtype in dtypes)
     return jnp.float64 if is_double else jnp.float32
 
 
 def dtype_like(x: ArrayLike | DTypeLike, real: DTypeLike) -> Any:
-    """The dtype ``real``, or where x is complex the one whose parts have it.
+    """``real``, or the complex dtype with parts of dtype ``real`` if x is complex.
 
-    Where x is complex, ``real`` is float32 or float64.
+    If x is complex, ``real`` must be float32 or float64.
     """
     if not jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
         return real
@@ -129,14 +128,15 @@ def dtype_like(x: ArrayLike | DTypeLike, real: DTypeLike) -> Any:
 
 
 def cast(tree: Any, real: DTypeLike) -> Any:
-    """The numbers of a tree in the dtype ``real``, or in parts of it."""
+    """Casts the numbers of a tree to ``real``; of complex ones, the parts."""
     return jax.tree.map(lambda x: number(x, dtype_like(x, real)), tree)
 
 
 def number(x: Any, dtype: DTypeLike) -> jax.Array:
-    """A number as an array of a dtype, also of float64 where x64 is off.
+    """Converts a number to an array of a dtype, to float64 even without jax_enable_x64.
 
-    There a Python number is a float32, for jnp.asarray too before JAX 0.11.
+    Without it, JAX makes a float32 of a Python number, before JAX 0.11 also in
+    jnp.asarray.
     """
     if isinstance(x, float) and jnp.dtype(dtype) == jnp.float64:
         return jnp.full([], x, dtype)

@@ -1,4 +1,4 @@
-"""ZeRO-1: an optimizer's state spread over the devices that share a batch."""
+"""ZeRO-1: shards an optimizer's state over the devices that share a batch."""
 
 import math
 import warnings
@@ -12,9 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamax_jax._checks import check_optimizer
 from adamax_jax._shared_axes import Shape, is_shared, spec_of_shared
-from adamax_jax._trees import ends_of, name_of
+from adamax_jax._trees import name_of, suffixes_of
 
-_MOST_NAMED = 10
+_MAX_NAMED = 10
 
 
 def zero_shardings(
@@ -23,41 +23,27 @@ def zero_shardings(
     mesh: Mesh,
     axis: str,
 ) -> optax.OptState:
-    """Shardings that spread an optimizer's state over one axis of a mesh.
+    """Shardings that spread an optimizer's state over one mesh axis (ZeRO stage 1).
 
-    Data-parallel training keeps a copy of the parameters on every device, and
-    needlessly one of the optimizer's state. With these shardings each of the N devices
-    along ``axis`` keeps and updates 1/N of it (ZeRO stage 1). What is computed stays
-    the same; the compiler adds the one exchange that brings the updates together.
+    Data-parallel training replicates parameters, and needlessly the optimizer's state.
+    With these shardings each of the N devices along ``axis`` stores and updates 1/N of
+    it. Results are the same; the compiler adds one all-gather of the new parameters.
 
-    An array that belongs to a parameter (of the same shape, with the longest common
-    path suffix) is sharded over ``mesh`` as the parameter is and over ``axis`` in
-    addition, unless it is already (FSDP). The axis goes to the first dimension that it
-    divides, preferably one that is not sharded yet. An array that differs only in axes
-    of size 1, as AdaMax's shared u, is sharded as that one is along the others. An
-    array of another shape, as in Adafactor, is sharded over ``axis`` alone, and a
-    single number is replicated.
+    An array of the state that belongs to a parameter is sharded as the parameter is,
+    and over ``axis`` too: on the first dimension whose size ``axis`` divides,
+    preferably an unsharded one. If the parameter is sharded over ``axis`` already
+    (FSDP), the array only follows it. :doc:`devices` has the rules for other arrays,
+    and for axes of type ``Explicit``.
 
-    If ``axis`` has type ``Auto``, they work for the state of any Optax optimizer. If it
-    is ``Explicit``, they work for element-wise and factored ones: the axis goes to
-    dimensions that are not sharded yet, and arrays of another shape are replicated.
-    Reshard the updates before they are added, and for some optimizers the gradients;
-    the state of Muon, Prodigy and L-BFGS, which contract arrays, cannot be sharded so
-    (``notebooks/devices.md``).
-
-    Give them to ``jax.jit`` twice: for ``init``, so that the state is never whole on
-    one device, and for the training step, without which the compiler may choose to
-    shard the new parameters as well. Call this function outside of ``jax.jit``, where
-    arrays know how they are sharded. A state that exists takes them too: that of
-    ``flax.nnx.Optimizer`` has the same leaves in other containers, so that
-    ``jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(shardings))`` are
-    its shardings.
+    Give the shardings to ``jax.jit`` twice: for ``init``, so that the state is never
+    whole on one device, and for the training step, or the compiler may shard the new
+    parameters too. Call this function outside of ``jax.jit``.
 
     Args:
       optimizer: The optimizer; only its ``init`` is called, on abstract arrays.
       params: The parameters, or ``jax.ShapeDtypeStruct`` in their place.
       mesh: The mesh of devices.
-      axis: The name of the axis that the batch is sharded over.
+      axis: The name of the mesh axis that the batch is sharded over.
 
     Returns:
       A tree of ``NamedSharding`` with the structure of ``optimizer.init(params)``, for
@@ -69,10 +55,8 @@ def zero_shardings(
       TypeError: If ``optimizer`` has no ``init`` and ``update``.
 
     Warns:
-      UserWarning: Once, if arrays of several numbers have no dimension that the axis
-        divides (and that is not sharded, if the axis is ``Explicit``): they stay as the
-        parameter is, replicated over the axis. The message names them and says how many
-        bytes they are.
+      UserWarning: If arrays stay replicated over ``axis``, since no dimension can be
+        sharded. The message has their names and bytes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -105,7 +89,7 @@ def zero_shardings(
             f"{axis!r}."
         )
     is_explicit = mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Explicit
-    parameters = _parameters_by_end(params, mesh)
+    parameters = _parameters_by_suffix(params, mesh)
     unsharded = []
 
     def shard(path, leaf):
@@ -134,33 +118,33 @@ class _Parameter(NamedTuple):
     spec: PartitionSpec
 
 
-def _parameters_by_end(params, mesh):
-    """The parameters under each end of their paths."""
-    by_end: dict[Any, list[_Parameter]] = {}
+def _parameters_by_suffix(params, mesh):
+    """A dictionary from path suffixes to the parameters with that suffix."""
+    by_suffix: dict[Any, list[_Parameter]] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         parameter = _Parameter(path, jnp.shape(leaf), _own_spec(path, leaf, mesh))
-        # The empty end of a path is that of every other, too: not a name, unless the
-        # parameter is the whole tree.
-        for end in ends_of(path)[: max(1, len(path))]:
-            by_end.setdefault(end, []).append(parameter)
-    return by_end
+        # Every path has the empty suffix: it is left out, unless the parameter is the
+        # whole tree.
+        for suffix in suffixes_of(path)[: max(1, len(path))]:
+            by_suffix.setdefault(suffix, []).append(parameter)
+    return by_suffix
 
 
-def _parameter_of(path, shape, by_end):
+def _parameter_of(path, shape, by_suffix):
     """The parameter that an array of the state belongs to; None if there is none.
 
-    The longest end that the two paths share tells, and of several parameters with this
-    end the one that has no longer path: usually the end is all of it, but
-    optax.lookahead keeps the parameters twice, and state once. An array of another
-    shape than the parameters with this end belongs to none.
+    It has the longest common path suffix. Of several, it is the one with the shortest
+    path: usually the suffix is the whole path, but optax.lookahead keeps the parameters
+    twice and the state once. If none of these has a fitting shape, the array belongs to
+    no parameter.
     """
-    end = next((end for end in ends_of(path) if end in by_end), None)
-    fitting = [p for p in by_end.get(end, []) if is_shared(shape, p.shape)]
+    suffix = next((suffix for suffix in suffixes_of(path) if suffix in by_suffix), None)
+    fitting = [p for p in by_suffix.get(suffix, []) if is_shared(shape, p.shape)]
     return min(fitting, key=lambda p: (len(p.path), p.shape != shape), default=None)
 
 
 def _own_spec(path, leaf, mesh):
-    """How a parameter is sharded over the mesh."""
+    """The PartitionSpec of a parameter on the mesh."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and _is_same(sharding.mesh, mesh):
         return sharding.spec
@@ -181,12 +165,12 @@ def _is_same(own, mesh):
 
 
 def _spread(shape, spec, mesh, axis, only_free):
-    """The spec with the axis added; None where no dimension can be sharded."""
+    """Adds the axis to the spec; None if no dimension can be sharded."""
     axes = [_axes(entry) for entry in spec] + [()] * (len(shape) - len(spec))
     if any(axis in names for names in axes):
         return spec
-    # Free dimensions first: a sharded one gets two axes only if there is no other, and
-    # none where axes are explicit, since the gradients' sharding would contradict.
+    # Unsharded dimensions first: a sharded one gets a second axis only if there is no
+    # other, and never if axes are explicit, since gradients are sharded otherwise.
     for dimension in sorted(range(len(shape)), key=lambda d: len(axes[d])):
         if only_free and axes[dimension]:
             break
@@ -199,7 +183,7 @@ def _spread(shape, spec, mesh, axis, only_free):
 
 
 def _axes(entry):
-    """The axes that a dimension is sharded over, given its entry in a spec."""
+    """The axes over which a dimension is sharded, from its entry in a spec."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
@@ -209,12 +193,12 @@ def _report(unsharded, state, mesh, axis, only_free):
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     part = sum(leaf.size * leaf.dtype.itemsize for _, leaf in unsharded)
     names = [f"{name_of(path)} {leaf.shape}" for path, leaf in unsharded]
-    more = len(names) - _MOST_NAMED
+    more = len(names) - _MAX_NAMED
     return (
         f"{part:,} of the optimizer state's {whole:,} bytes stay replicated over axis "
         f"{axis!r}, since {mesh.shape[axis]} divides no dimension"
         + (", of those that are not sharded already," if only_free else "")
         + " of "
-        + ", ".join(names[:_MOST_NAMED])
+        + ", ".join(names[:_MAX_NAMED])
         + (f" and {more} more." if more > 0 else ".")
     )

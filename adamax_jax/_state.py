@@ -1,4 +1,4 @@
-"""A state: read, stored in other dtypes, put into that of a new optimizer."""
+"""Reads a state, converts its dtypes, and inserts it into that of a new optimizer."""
 
 import operator
 from collections.abc import Callable
@@ -33,26 +33,27 @@ from adamax_jax._numerics import (
 from adamax_jax._shared_axes import can_reshare, reshare
 from adamax_jax._trees import is_inside, name_of, path_finder
 
-# What holds m and u: the state of AdaMax, and that of the L^p family.
+# The states with m and u: AdaMax's, and that of the L^p family.
 OptimizerState = ScaleByAdamaxState | ScaleByLpAdamState
 KINDS = (ScaleByAdamaxState, ScaleByLpAdamState)
 
 
 def moments(state: optax.OptState) -> tuple[Any, Any]:
-    """The mean and the norm of the gradients, however they are stored.
+    """The mean m and the norm u of the gradients, as numbers.
 
     Args:
       state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
-        optimizer's state with one of them in it.
+        optimizer's state that contains exactly one of them.
 
     Returns:
-      The trees m and u, in float32 (float64 and complex where they are stored so),
-      shaped as the parameters; u has size 1 along axes that share it. They share no
-      memory with the state.
+      The trees m and u, in float32 (float64 and complex if they are stored so), with
+      the parameters' shapes; u has size 1 along shared axes. They share no memory with
+      the state.
 
     Raises:
-      ValueError: If there is not exactly one of them in the state, or it is that of an
-        ensemble (``jax.vmap``).
+      ValueError: If the state does not contain exactly one of them, or ``jax.vmap`` has
+        stacked it (apply this function with ``jax.vmap`` too).
+      TypeError: If m or u has a dtype in which it is never stored.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -73,24 +74,27 @@ def convert_state(
     m_dtype: DTypeLike | None = None,
     u_dtype: DTypeLike | None = None,
 ) -> optax.OptState:
-    """The state of a running optimizer, stored in other dtypes.
+    """Stores the state of a running optimizer in other dtypes.
 
-    Training continues with an optimizer made with the same ``m_dtype`` and ``u_dtype``.
-    Each number is rounded once.
+    Continue with an optimizer made with the same ``m_dtype`` and ``u_dtype``. Each
+    number is rounded once.
 
     Args:
       state: A :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState`, or an
-        optimizer's state with some of them in it; what else is in it stays as it is.
-      m_dtype: What to store m in, as for :func:`scale_by_adamax`; None: as it is.
-      u_dtype: What to store u in; None: as it is.
+        optimizer's state that contains one or more; everything else in it stays
+        unchanged.
+      m_dtype: What to store m in, as for :func:`scale_by_adamax`; None: unchanged.
+      u_dtype: What to store u in, as for :func:`scale_by_adamax`; None: unchanged.
 
     Returns:
-      The state, in the same containers; it shares no memory with the given one.
+      The state, in the same containers. It shares no memory with the argument.
 
     Raises:
-      TypeError, ValueError: If a dtype is not one that :func:`scale_by_adamax` takes,
-        or m is complex and ``m_dtype`` has no complex counterpart; ValueError also if
-        there is none of these states, or one is that of an ensemble (``jax.vmap``).
+      ValueError: If a dtype is not one that :func:`scale_by_adamax` takes, there is
+        none of these states, or ``jax.vmap`` has stacked one (apply this function with
+        ``jax.vmap`` too).
+      TypeError: If an argument is no dtype, m is complex and ``m_dtype`` has no complex
+        counterpart, or m or u has a dtype in which it is never stored.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -116,45 +120,39 @@ def insert_state(
     *,
     missing: Literal["raise", "keep"] = "raise",
 ) -> optax.OptState:
-    """An optimizer's new state, to go on from where another one was.
+    """Puts the m, u and count of an old state into the state of a new optimizer.
 
-    Of the :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState` in it, count, m
-    and u become those given, stored in the dtypes, the sharding and the containers
-    (Flax NNX) of the new state. Schedules of the learning rate, of the weight decay and
-    of ``optax.inject_hyperparams`` go on from the count, too. All else stays new, also
-    the residuals of :func:`master_weights`, which :func:`set_full_params` brings over.
+    They are stored in the new state's dtypes, shardings and containers. Schedules of
+    the learning rate, of the weight decay and of ``optax.inject_hyperparams`` continue
+    from the count too. Everything else stays new, also the residuals of
+    :func:`master_weights`: :func:`set_full_params` carries them over. Where the new
+    optimizer shares u along axes, u becomes its maximum along them; where only the old
+    one did, u is repeated.
 
-    Where the new optimizer shares u along axes and the old one did not, u becomes its
-    maximum along them, which is what it would have been. Along axes that only the old
-    one shared it is repeated.
-
-    With ``missing="keep"`` what the given state has not stays as it is in ``state``:
-    zeros for new layers, or what another call put there. Only its first steps differ
-    from those of a new optimizer: at a large count neither average is corrected for its
-    start from 0. AdaMax's are a tenth as long as usual (at ``b1=0.9``) and grow. Adam's
-    are 3 to 7 times too long, and twice after 300 steps, as in Optax: give new layers
-    an optimizer of their own (``optax.partition``) or a warm-up.
-
-    (``optax.tree.set`` would leave m and u as they are inside
-    ``optax.inject_hyperparams``, silently.)
+    With ``missing="keep"``, parameters that the old state lacks keep what ``state``
+    has: zeros for new layers. Their first steps differ from those of a new optimizer,
+    since the bias correction follows the count: see :doc:`checkpoints`, which has
+    examples too.
 
     Args:
-      state: What the optimizer's ``init`` returned, with one such state in it.
-      adamax_state: What to go on from: a state of the same type, or an optimizer's
-        state with one in it. It may have parts that the optimizer leaves out
-        (``optax.masked``, ``optax.partition``). Of the L^p family no state tells its p,
-        so give that of an optimizer with the same one.
-      missing: What to do where it has no m and u for a parameter: "raise" a ValueError,
-        or "keep" those in ``state``. Where the two have another ``u_scale``, those kept
-        are rounded once more.
+      state: What the new optimizer's ``init`` returned, with one
+        :class:`ScaleByAdamaxState` or :class:`ScaleByLpAdamState` in it.
+      adamax_state: A state of the same type, or an optimizer's state that contains
+        exactly one. It may have parts that the new optimizer leaves out
+        (``optax.masked``, ``optax.partition``). A state of the L^p family does not tell
+        its p: give one of the same p.
+      missing: "raise" a ValueError if the old state has no m and u for a parameter, or
+        "keep" those in ``state``, which are rounded once more if the two differ in
+        ``u_scale``.
 
     Returns:
-      The state; it shares no memory with either argument.
+      The state. It shares no memory with either argument.
 
     Raises:
-      ValueError: If there is not exactly one such state in one of the two, they differ
+      ValueError: If one of the two does not contain exactly one such state, they differ
         in type or in the paths or shapes of m or u, ``missing`` is another string, or
-        an ensemble's state (``jax.vmap``) would be stored otherwise.
+        a state that ``jax.vmap`` has stacked would be stored in other dtypes.
+      TypeError: If m or u has a dtype in which it is never stored.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -187,12 +185,12 @@ def insert_state(
         like_u=jax.tree.leaves(target.u),
     )
     inserted = target._replace(
-        count=_placed([count], target.count),
-        m=_placed(m, target.m),
-        u=_placed(u, target.u),
+        count=_all_put_like([count], target.count),
+        m=_all_put_like(m, target.m),
+        u=_all_put_like(u, target.u),
     )
     if isinstance(target, ScaleByAdamaxState):
-        u_scale = _placed([u_scale], target.u_scale)
+        u_scale = _all_put_like([u_scale], target.u_scale)
         inserted = inserted._replace(u_scale=u_scale)
     return copied(_set_counts(map_states(lambda _: inserted, state), count))
 
@@ -200,7 +198,7 @@ def insert_state(
 def find_states(
     state: optax.OptState, kind: type | tuple[type, ...] = KINDS
 ) -> list[tuple[Any, Any]]:
-    """The paths of the states of some types in an optimizer's, with these states."""
+    """The states of given types in an optimizer's state: pairs of path and state."""
     leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, kind))
     return [(path, leaf) for path, leaf in leaves if isinstance(leaf, kind)]
 
@@ -210,7 +208,7 @@ def some_states(
     kind: type | tuple[type, ...] = KINDS,
     name: str = "state",
 ) -> list[tuple[Any, Any]]:
-    """As :func:`find_states`, which must find one at least; ``name`` is for errors."""
+    """As :func:`find_states`. Raises ValueError, with ``name``, if there is none."""
     found = find_states(state, kind)
     if not found:
         raise ValueError(f"The {name} holds no {_named(kind)}.{_hint(state, kind)}")
@@ -227,7 +225,7 @@ def _named(kind):
 
 
 def only_state(state: optax.OptState, name: str = "state") -> OptimizerState:
-    """The one state with m and u in an optimizer's."""
+    """The only state with m and u in an optimizer's state, or ValueError."""
     found = some_states(state, name=name)
     if len(found) != 1:
         places = ", ".join(name_of(path) for path, _ in found)
@@ -243,7 +241,7 @@ def map_states(
     state: optax.OptState,
     kind: type | tuple[type, ...] = KINDS,
 ) -> optax.OptState:
-    """An optimizer's state with a function applied to those of some types in it."""
+    """Applies a function to the states of given types in an optimizer's state."""
     some_states(state, kind)
     return jax.tree.map(
         lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf,
@@ -253,7 +251,7 @@ def map_states(
 
 
 def read_moments(state: OptimizerState) -> tuple[optax.Updates, optax.Updates]:
-    """The trees m and u as numbers, in float32 at least."""
+    """Decodes the trees m and u, to at least float32."""
     u_scale, unit = scale_of(state), ratio_unit(state)
     stored_m, m_treedef = jax.tree.flatten(state.m)
     stored_u, u_treedef = jax.tree.flatten(state.u)
@@ -269,7 +267,7 @@ def read_moments(state: OptimizerState) -> tuple[optax.Updates, optax.Updates]:
 def read(
     stored_m: jax.Array, stored_u: jax.Array, u_scale: ArrayLike, unit: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """m and u of one leaf as numbers, in float32 at least."""
+    """Decodes m and u of one leaf, to at least float32."""
     mean, norm = formats(stored_m.dtype, stored_u.dtype)
     u = norm.read(stored_u, u_scale)
     return mean.read(stored_m, u, norm, unit), u
@@ -283,31 +281,32 @@ def stored_as(
     u_scale: ArrayLike = 1.0,
     unit: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """m and u of one leaf rounded to dtypes, each once, to nearest.
+    """Encodes m and u of one leaf in dtypes, rounding each once, to nearest.
 
-    Where u is beyond its dtype, both shrink, and the step is the same.
+    If u exceeds the max of its dtype, m and u are scaled down, so that the step is the
+    same.
     """
     mean, norm = formats(m_dtype, u_dtype)
     m, u = cast((m, u), arithmetic_dtype(m.dtype, u.dtype, m_dtype, u_dtype))
     largest = number(min(mean.largest, norm.largest), u.dtype)
     is_beyond = jnp.isfinite(u) & (u > largest)
-    share = jnp.where(is_beyond, largest / jnp.where(is_beyond, u, 1), 1)
-    m = by_parts(lambda part: part * share, m)
+    factor = jnp.where(is_beyond, largest / jnp.where(is_beyond, u, 1), 1)
+    m = by_parts(lambda part: part * factor, m)
     stored_u = norm.write(jnp.where(is_beyond, largest, u), u_scale)
     read_u = norm.read(stored_u, u_scale).astype(u.dtype)
     return mean.write(m, read_u, 0.5, unit), stored_u
 
 
 def ratio_unit(state: OptimizerState) -> float:
-    """What an m in int8 is stored in: it is a ratio to u times this."""
+    """The factor c of an m in int8, which is stored as m / (c u)."""
     return RATIO_UNIT if isinstance(state, ScaleByLpAdamState) else 1.0
 
 
 def _known_scale(state):
-    """u_scale, or 1 in its place where ``jax.tree.map(jnp.zeros_like, state)`` left 0.
+    """u_scale, or 1 if ``jax.tree.map(jnp.zeros_like, state)`` has made it 0.
 
-    As an update takes it. A known one is not computed with: it may lie in the memory of
-    the host. A u of the L^p family is not scaled.
+    An update does the same. A concrete u_scale is returned without any arithmetic,
+    since it may be in host memory. It is 1 for the L^p family, whose u is not scaled.
     """
     if isinstance(state, ScaleByLpAdamState):
         return np.ones([], np.float32)
@@ -319,7 +318,7 @@ def _known_scale(state):
 
 
 def _is_one(u_scale):
-    """Whether u_scale is known to be 1; that of a template is taken for it."""
+    """Whether u_scale is known to be 1; that of a template (abstract) counts as 1."""
     is_abstract = isinstance(u_scale, jax.ShapeDtypeStruct)
     return is_abstract or (
         is_known(u_scale) and bool(np.all(jax.device_get(u_scale) == 1))
@@ -327,14 +326,14 @@ def _is_one(u_scale):
 
 
 def scale_of(state: OptimizerState) -> Any:
-    """The scalar u_scale of a state."""
+    """The u_scale of a state. Raises ValueError if ``jax.vmap`` has stacked it."""
     u_scale = _check_single("u_scale", _known_scale(state))
     _check_single("count", unwrapped(state.count))
     return u_scale
 
 
 def _check_single(name, scalar):
-    """Returns a scalar of a state that is a single number."""
+    """Returns a scalar of a state. Raises ValueError if it has axes."""
     if scalar.ndim > 0:
         raise ValueError(
             f"The state is that of an ensemble: {name} has shape {scalar.shape}. "
@@ -344,13 +343,13 @@ def _check_single(name, scalar):
 
 
 def unwrapped(scalar: Any) -> jax.Array:
-    """The array in a scalar that may be wrapped, as Flax NNX does."""
+    """The array in a scalar, which Flax NNX may have put into a container."""
     (array,) = jax.tree.leaves(scalar)
     return array
 
 
 def _hint(state, kind):
-    """What to do with a state in which some type was looked for, and another is."""
+    """What an error adds if the state is Optax's, or this library's already."""
     if kind is optax.ScaleByAdamState and find_states(state):
         return " It is that of this library's optimizer already."
     if kind is KINDS and find_states(state, optax.ScaleByAdamState):
@@ -362,7 +361,7 @@ def _hint(state, kind):
 
 
 def _convert(state, m_dtype, u_dtype):
-    """One state, stored in other dtypes."""
+    """Converts one state to other dtypes."""
     m = jax.tree.leaves(state.m)
     u = jax.tree.leaves(state.u)
     if m_dtype is not None:
@@ -389,9 +388,9 @@ def _convert(state, m_dtype, u_dtype):
 
 
 def _rewrite(m, u, u_scale, unit, m_dtypes, like_u):
-    """Lists of m and u as stored in other dtypes, u in other shapes, and its scale.
+    """Stores lists of m and u in other dtypes, and u in other shapes, with its scale.
 
-    Each number is rounded once, or not at all where nothing changes.
+    Each number is rounded once, or not at all if nothing changes.
     """
     new_scale = u_scale
     is_scaled = any(NORMS[jnp.dtype(x.dtype).name].is_scaled for x in like_u)
@@ -414,7 +413,7 @@ def _rewrite(m, u, u_scale, unit, m_dtypes, like_u):
 
 
 def _kept(m, u, u_scale, target):
-    """The leaves, with the target's for None, stored beside another ``u_scale``."""
+    """Replaces None by the leaves of the target, stored with ``u_scale``."""
     if all(leaf is not None for leaf in (*m, *u)):
         return m, u
     _check_single("u_scale", u_scale)
@@ -436,12 +435,12 @@ def _kept(m, u, u_scale, target):
 def _leaves_like(target, given, fits, missing):
     """The given leaves in the order of the target's, found by their paths.
 
-    None where there is none, and ``missing`` allows it.
+    None if there is none and ``missing`` is "keep".
     """
     leaves = dict(jax.tree.leaves_with_path(given))
     find = path_finder(given, target)
     found = []
-    for path, place in jax.tree.leaves_with_path(target):
+    for path, own in jax.tree.leaves_with_path(target):
         key = find(path)
         if key not in leaves:
             if missing == "keep":
@@ -452,10 +451,10 @@ def _leaves_like(target, given, fits, missing):
                 "missing='keep' what the optimizer's state has there stays."
             )
         leaf = leaves.pop(key)
-        if not fits(leaf.shape, place.shape):
+        if not fits(leaf.shape, own.shape):
             raise ValueError(
                 f"The state to insert has shape {leaf.shape} at {name_of(key)}, where "
-                f"the optimizer's has {place.shape}."
+                f"the optimizer's has {own.shape}."
             )
         found.append(leaf)
     masked = [
@@ -476,31 +475,31 @@ def _is_masked(leaf):
     return isinstance(leaf, optax.MaskedNode)
 
 
-def _placed(leaves, like):
-    """A tree of copies that lie where the leaves of another lie."""
+def _all_put_like(leaves, like):
+    """A tree of copies of ``leaves``, with structure and shardings of ``like``."""
     old, treedef = jax.tree.flatten(like)
-    return jax.tree.unflatten(treedef, map(place, leaves, old))
+    return jax.tree.unflatten(treedef, map(put_like, leaves, old))
 
 
 def copied(tree: Any) -> Any:
-    """A tree of copies, where the arrays lie: either may be donated to ``jax.jit``."""
+    """Copies the arrays of a tree, so that either may be donated to ``jax.jit``."""
     return jax.tree.map(
         lambda x: x.copy() if isinstance(x, jax.Array | np.ndarray) else x, tree
     )
 
 
-def place(new: Any, old: Any) -> jax.Array:
-    """A copy that lies where the old array lies; inside of jax.jit, anywhere."""
+def put_like(new: Any, old: Any) -> jax.Array:
+    """A copy with the sharding of the old array; inside of jax.jit, with any."""
     copy = jnp.array(new)
-    # Of a NumPy array, as of a state that was fetched, JAX chooses the place.
+    # If the old one is a NumPy array, as in a fetched state, JAX chooses the device.
     is_placed = isinstance(old, jax.Array) and not isinstance(old, Tracer)
     return jax.device_put(copy, old.sharding) if is_placed else copy
 
 
 def _set_counts(tree, count):
     """Sets the count of every schedule in a state."""
-    # The type of a wrapped schedule's state has no public name: one is made to ask for
-    # it. Not on import, since that would start the devices.
+    # The type of a wrapped schedule's state has no public name: an instance gives it.
+    # Not on import, since that would initialize the devices.
     types = (
         optax.ScaleByScheduleState,
         optax.InjectHyperparamsState,
@@ -514,8 +513,8 @@ def _set_counts(tree, count):
         fields = {
             name: _set_counts(value, count) for name, value in node._asdict().items()
         }
-        # Each its own copy: an array may be donated only once.
-        fields["count"] = jax.tree.map(lambda old: place(count, old), node.count)
+        # A separate copy for each, since an array may be donated only once.
+        fields["count"] = jax.tree.map(lambda old: put_like(count, old), node.count)
         return node._replace(**fields)
 
     return jax.tree.map(set_count, tree, is_leaf=lambda x: isinstance(x, types))

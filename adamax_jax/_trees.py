@@ -1,8 +1,7 @@
-"""Trees: to lists of leaves and back, gradients that are None, names of leaves.
+"""Pytrees: lists of leaves, gradients that are None, names of leaves.
 
-Arrays alone are put into a user's containers, which may look at what they are given,
-and None where a parameter has no gradients. Whatever else belongs to a leaf is kept in
-lists.
+A user's containers may inspect what is put into them: only arrays are, and None for
+parameters without gradients. Everything else that belongs to a leaf is kept in lists.
 """
 
 from collections import Counter
@@ -17,9 +16,9 @@ from adamax_jax._numerics import dtype_like, dtype_of
 
 
 def leaves_beside(prefix: Any, tree: Any) -> list[Any]:
-    """What a prefix of a tree, such as gradients or a mask, has for each of its leaves.
+    """Broadcasts a prefix of a tree, such as a mask, to a list with an entry per leaf.
 
-    A leaf of it may stand for a whole subtree; None in the gradients is a leaf.
+    A leaf of the prefix may stand for a whole subtree. None is a leaf, as in gradients.
     """
     leaves, treedef = jax.tree.flatten(prefix, is_leaf=_is_none)
     return [
@@ -30,15 +29,15 @@ def leaves_beside(prefix: Any, tree: Any) -> list[Any]:
 
 
 def is_trained(p: Any) -> bool:
-    """Whether a parameter has gradients: not integers, booleans and keys."""
+    """Whether a parameter has gradients: integers, booleans and keys do not."""
     return jnp.issubdtype(jnp.result_type(p), jnp.inexact)
 
 
 def zeros_beside(zeros: Callable[..., Any], params: Any) -> Any:
-    """What ``zeros`` makes of the path and the array of each parameter.
+    """Maps ``zeros`` over paths and parameters; None if one has no gradients.
 
-    None where it has no gradients, so that models whose arrays are not all floats, as
-    those that ``eqx.filter(model, eqx.is_array)`` leaves, have a state too.
+    So a model with other arrays than floats, as from
+    ``eqx.filter(model, eqx.is_array)``, has a state too.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, p: zeros(path, p) if is_trained(p) else None, params
@@ -46,20 +45,20 @@ def zeros_beside(zeros: Callable[..., Any], params: Any) -> Any:
 
 
 def dtypes_beside(params: Any, m: Any) -> list[Any]:
-    """The dtype of the parameter for every leaf of m; None where it is not known.
+    """The dtype of the parameter for every leaf of m; None if it is not known.
 
-    The parameters may be missing, lie in other containers, or have functions where m
-    has None, as an Equinox model: none of the arithmetic needs them.
+    The parameters may be missing, in other containers, or have functions where m has
+    None, as in an Equinox model: arithmetic does not need them.
     """
-    places, treedef = jax.tree.flatten(m, is_leaf=_is_none)
+    m_leaves, treedef = jax.tree.flatten(m, is_leaf=_is_none)
     try:
         beside = treedef.flatten_up_to(params)
     except ValueError:
-        beside = [None] * len(places)
+        beside = [None] * len(m_leaves)
     return [
         dtype_of(p) if hasattr(p, "dtype") else None
-        for place, p in zip(places, beside, strict=True)
-        if place is not None
+        for leaf, p in zip(m_leaves, beside, strict=True)
+        if leaf is not None
     ]
 
 
@@ -72,14 +71,14 @@ def update_leaves(
     *,
     decays_by_scale: bool,
 ) -> tuple[Any, Any, Any]:
-    """The trees of steps, m and u, made leaf by leaf.
+    """Applies ``update_leaf`` to each leaf and returns the trees of steps, m and u.
 
-    ``update_leaf`` has those of a leaf from g, m, u and the step's dtype: that of g, or
-    of the parameter, in ``dtypes``, where it has more bits.
+    ``update_leaf(g, m, u, step_dtype)`` returns ``(step, m, u)``. ``step_dtype`` is
+    that of g, or that of the parameter, in ``dtypes``, if it has more bits.
 
-    A gradient of None has no step, and leaves m and u as they are. But where a narrow u
-    ``decays_by_scale``, it does so with all the others, and so that no m is left beside
-    a vanishing u, None counts as zero there.
+    A gradient of None has no step, and leaves m and u unchanged. But if
+    ``decays_by_scale``, one scalar decays every u below 32 bits. There None counts as
+    0, so that m decays with u.
     """
     steps, new_m, new_u = [], [], []
     for g, leaf_m, leaf_u, dtype in zip(
@@ -114,25 +113,25 @@ def _is_none(leaf):
 
 
 def name_of(path: Any) -> str:
-    """A path in a tree, as an error shows it."""
+    """A path in a tree as text, for errors."""
     return jax.tree_util.keystr(path) or "the root of the tree"
 
 
 def is_inside(path: Any, other: Any) -> bool:
-    """Whether a path leads into the subtree at another path, or to its root."""
+    """Whether a path leads into the subtree at ``other``, or to its root."""
     return path[: len(other)] == other
 
 
-def ends_of(path: Any) -> list[Any]:
-    """The ends of a path, the longest, which is the path itself, first."""
+def suffixes_of(path: Any) -> list[Any]:
+    """The suffixes of a path, the longest, which is the path itself, first."""
     return [path[start:] for start in range(len(path) + 1)]
 
 
 def path_finder(tree: Any, other: Any) -> Callable[[Any], Any]:
-    """A function from the path of a leaf of ``other`` to that of the same in ``tree``.
+    """Returns a function from the path of a leaf in ``other`` to its path in ``tree``.
 
-    It returns None where there is none. A container around a single array, in one of
-    the trees, adds an entry to the path: Flax NNX's variables.
+    It returns None if there is none. A container around a single array, in one of the
+    trees, adds an entry to the path: Flax NNX's variables.
     """
     known = {path for path, _ in jax.tree.leaves_with_path(tree)}
     inside = {path[:-1]: path for path in known if path}

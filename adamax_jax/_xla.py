@@ -1,7 +1,7 @@
-"""What XLA needs to be told: work-arounds, none of which changes a number.
+"""Workarounds for XLA, none of which changes a result.
 
-Each says which compiler it is for, up to which jaxlib that was seen, and which test
-fails without it. When ``pyproject.toml`` asks for a later jaxlib, try without them.
+Each names the compiler, the last jaxlib that was seen to need it, and the test that
+fails without it. When ``pyproject.toml`` requires a later jaxlib, try to remove them.
 """
 
 import functools
@@ -18,9 +18,9 @@ def _one_of(function: Callable[..., Any], is_first: Callable[..., Any]) -> Any:
     """A maximum or minimum of two arrays, with the derivative of one of them.
 
     The derivative of ``jnp.maximum`` compares both arguments with the result by ``==``.
-    XLA (all backends, jaxlib 0.10.2) computes an argument anew in another kernel and
-    may round it differently there. Then none equals the result, and the derivative is
-    0. One comparison of the arguments has no such case. Test: ``test_derivatives.py``.
+    XLA (all backends, jaxlib 0.10.2) may recompute an argument in another kernel, with
+    another rounding. Then neither equals the result, and the derivative is 0. A single
+    comparison of the arguments avoids that. Test: ``test_derivatives.py``.
     """
 
     @jax.custom_jvp
@@ -30,25 +30,25 @@ def _one_of(function: Callable[..., Any], is_first: Callable[..., Any]) -> Any:
     @chosen.defjvp
     def _(primals, tangents):
         result = chosen(*primals)
-        # Plus zeros: tangents get the shape and the sharding of the result.
+        # Adding zeros gives tangents the shape and the sharding of the result.
         x_dot, y_dot = (dot + jnp.zeros_like(result) for dot in tangents)
         return result, jnp.where(is_first(*primals), x_dot, y_dot)
 
     return chosen
 
 
-# Of two equal arguments the larger is the second, the smaller the first.
+# Of two equal arguments ``larger`` takes the second, ``smaller`` the first.
 larger = _one_of(jnp.maximum, jnp.greater)
 smaller = _one_of(jnp.minimum, jnp.less_equal)
 
 
 @jax.custom_jvp
 def clip(x: jax.Array, size: jax.Array) -> jax.Array:
-    """x clipped to [-size, size], with the derivative of x where |x| is about size.
+    """Clips x to [-size, size], with the derivative of x where |x| is close to size.
 
-    Where size is |x| + eps they are always equal but for rounding, so that not even
-    one comparison is safe: XLA may compute it twice, and choose none of the two. (No
-    program in which it does was seen: no test fails without this margin.)
+    If size is |x| + eps, the two differ by rounding only. Then even a single comparison
+    is not safe: XLA may compute it twice, with two results, and choose neither
+    derivative. (No such program was seen: no test fails without this margin.)
     """
     return jnp.maximum(jnp.minimum(x, size), -size)
 
@@ -64,16 +64,16 @@ def _(primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The maximum of magnitudes along axes, which keep size 1, or 0 of no numbers.
+    """The maximum of magnitudes along axes, which keep size 1; 0 if there are none.
 
-    With the derivative of one of them, found by its index, for the same reason as that
-    of ``larger``.
+    Its derivative is that of one element, found by its index, for the same reason as in
+    ``larger``.
     """
     if not axes:
         return x
     maximum = jnp.max(x, axes, keepdims=True, initial=0)
-    # Rounds nothing, but ends a kernel of XLA:CPU (jaxlib 0.10.2), which takes several
-    # times as long on some CPUs where the maximum and what follows are one.
+    # A no-op that ends a kernel. XLA:CPU (jaxlib 0.10.2) takes several times as long on
+    # some CPUs if the maximum and the operations after it are one kernel.
     # Test: ``test_bench.py::test_a_shared_maximum_is_a_kernel_of_its_own``.
     info = jnp.finfo(x.dtype)
     return lax.platform_dependent(
@@ -99,7 +99,7 @@ def _(axes, primals, tangents):
 
 @jax.custom_jvp
 def as_rounded(exact: jax.Array, rounded: jax.Array) -> jax.Array:
-    """What was stored in place of a number, with the derivatives of that number."""
+    """``rounded``, with the derivatives of ``exact``."""
     return rounded.astype(exact.dtype)
 
 
@@ -107,12 +107,11 @@ as_rounded.defjvps(lambda exact_dot, *_: exact_dot, None)
 
 
 def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
-    """32-bit integers in an integer dtype of 8 bits, where 128 is -128.
+    """Casts 32-bit integers to 8 bits; 128 wraps around to -128 in int8.
 
-    XLA:CPU (jaxlib 0.10.2) computes a conversion anew wherever it is read, and all that
-    comes before it. A choice between two arrays it writes to memory once. On a TPU that
-    choice would be a kernel of its own.
-    Test: ``test_bench.py::test_a_step_is_three_kernels_a_leaf``.
+    XLA:CPU (jaxlib 0.10.2) recomputes a cast, and everything before it, in each reader.
+    It writes the result of ``where`` to memory once. On a TPU ``where`` would be a
+    kernel of its own. Test: ``test_bench.py::test_a_step_is_three_kernels_a_leaf``.
     """
 
     def chosen(x):
@@ -122,22 +121,21 @@ def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def zeros_in_the_kernel_of(bits: jax.Array) -> jax.Array:
-    """Zeros, as uint32: the sign bits of the int32 bits of numbers that have no sign.
+    """uint32 zeros that depend on data: the sign bits of nonnegative numbers.
 
-    What depends on the place in an array alone, as a hash of it, XLA (TPU and GPU,
-    jaxlib 0.10.2) computes in kernels of its own, one for each axis. Begun with these
-    zeros it depends on the numbers.
-    Test: ``test_aot.py::test_averages_move_no_byte_more``.
+    XLA (TPU and GPU, jaxlib 0.10.2) computes what depends on the index alone, such as a
+    hash of it, in separate kernels, one for each axis. A sum with these zeros depends
+    on the data. Test: ``test_aot.py::test_averages_move_no_byte_more``.
     """
     return lax.bitcast_convert_type(bits, jnp.uint32) >> np.uint32(31)
 
 
 def divisible(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x and y, both made smaller where y is huge and shared by several x.
+    """x and y, both scaled down where y is huge and broadcast.
 
     XLA (GPU and CPU, jaxlib 0.10.2) multiplies by the reciprocal of a divisor that is
-    broadcast. Above 2^126 that is subnormal, which counts as 0.
-    Test: ``test_adamax.py::TestEndsOfTheRange``.
+    broadcast. Above 2^126 the reciprocal is subnormal and flushed to 0. Test:
+    ``test_adamax.py::TestEndsOfTheRange``.
     """
     if y.shape == x.shape:
         return x, y

@@ -508,7 +508,7 @@ def worst_gradients(p, age, b1=0.9):
 
 @pytest.mark.parametrize("p", LONGEST)
 def test_the_longest_step(p):
-    """The bound of the docstring is approached, and never passed."""
+    """The bound in How it works is approached, and never passed."""
     b1, steps = 0.9, 10_000
     q = 1 / (1 - 1 / p) if p > 1 else np.inf
     bound = (1 - b1) / (-np.expm1(p * np.log(B2))) ** (1 / p)

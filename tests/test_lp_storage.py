@@ -303,7 +303,7 @@ def test_thresholds_are_spread_over_an_array():
     ("u_dtype", "noise", "after_waiting"),
     [("bfloat16", 0.03, 0.11), ("uint8", 0.21, 0.76)],
 )
-def test_the_noise_of_the_docstring(u_dtype, noise, after_waiting):
+def test_the_noise_of_how_it_works(u_dtype, noise, after_waiting):
     """After 10^5 steps, as after 3000; and after 5000 more without gradients."""
     narrow, exact = scale_by_adam(u_dtype=u_dtype), scale_by_adam()
     size = 1024
