@@ -1,6 +1,7 @@
 """States that are saved, stored otherwise, cut and put together, as a page shows it."""
 
 import functools
+import itertools
 import re
 
 import chex
@@ -121,7 +122,7 @@ def test_a_layer_is_added(storage):
     chex.assert_trees_all_equal({name: both[name] for name in own}, own)
 
 
-@in_storages("shared")
+@in_storages("two bytes")
 def test_frozen_parameters_begin_to_train(storage):
     names, before = after("Frozen parameters begin to train", storage)
     same(names["state"], before, ["head"])
@@ -148,7 +149,7 @@ def test_a_head_is_replaced(storage):
     next_updates(names["optimizer"], names["state"], names["replaced"])
 
 
-@in_storages("shared")
+@in_storages("two bytes")
 def test_one_optimizer_becomes_several_and_one_again(storage):
     names, before = after("One optimizer becomes several, and one again", storage)
     same(names["joined"], before, ["head"])
@@ -177,8 +178,13 @@ def test_the_states_of_several_workers_become_one(storage):
         np.testing.assert_allclose(u[name], expected, rtol=0.13)
 
 
-@in_storages("two bytes")
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("storage", "jit"),
+    long_but(
+        [("two bytes", False), ("shared", True)],
+        itertools.product(ALL_STORAGES, [False, True]),
+    ),
+)
 def test_what_is_kept_is_stored_beside_another_scale(storage, jit):
     """A part of a running state, where the given one is older."""
     gradients = {
@@ -237,7 +243,7 @@ def test_restoring_into_what_was_saved():
         ),
     )
     before = names["params"]
-    names = run(convert + master)
+    names = run(master, **names)
     chex.assert_trees_all_equal(full_params(names["params"], names["state"]), before)
     assert names["state"].residual["kernel"].dtype == jnp.int8
 
