@@ -37,6 +37,10 @@ def in_storages(*plain):
 
 # An eager call compiles a program for each operation and shape.
 read = jax.jit(moments)
+COMPILED = {
+    "insert_state": jax.jit(insert_state, static_argnames="missing"),
+    "convert_state": jax.jit(convert_state, static_argnames=["m_dtype", "u_dtype"]),
+}
 
 # u without drift, m rounded up or down once more.
 TOLERANCE = {"rtol": 0.13, "atol": 0.02}
@@ -74,12 +78,12 @@ def names_before(storage):
     return run(setup, storage=ALL_STORAGES[storage], gradients=gradients)
 
 
-def after(heading, storage):
+def after(heading, storage, **tools):
     """The names that a section leaves behind, and the state before it."""
     (recipe,) = blocks(heading)
     recipe = recipe.replace("update(params", "update(gradients")
     names = names_before(storage)
-    return run(recipe, **names), names["state"]
+    return run(recipe, **names | tools), names["state"]
 
 
 def same(actual, expected, names):
@@ -124,7 +128,7 @@ def test_a_layer_is_added(storage):
 
 @in_storages("two bytes")
 def test_frozen_parameters_begin_to_train(storage):
-    names, before = after("Frozen parameters begin to train", storage)
+    names, before = after("Frozen parameters begin to train", storage, **COMPILED)
     same(names["state"], before, ["head"])
     is_new(names["state"], "backbone", (8, 8))
     assert int(names["state"][0].count) == 3
@@ -133,7 +137,7 @@ def test_frozen_parameters_begin_to_train(storage):
 
 @in_storages("two bytes")
 def test_a_vocabulary_grows(storage):
-    names, before = after("A vocabulary grows", storage)
+    names, before = after("A vocabulary grows", storage, **COMPILED)
     same(names["state"], before, ["backbone", "head"])
     for new, old in zip(read(names["state"]), read(before), strict=True):
         assert np.array_equal(new["embedding"][:100], old["embedding"])
@@ -143,7 +147,7 @@ def test_a_vocabulary_grows(storage):
 
 @in_storages("two bytes")
 def test_a_head_is_replaced(storage):
-    names, before = after("A head is replaced", storage)
+    names, before = after("A head is replaced", storage, **COMPILED)
     same(names["state"], before, ["embedding", "backbone"])
     is_new(names["state"], "head", (8, 5))
     next_updates(names["optimizer"], names["state"], names["replaced"])
@@ -151,7 +155,8 @@ def test_a_head_is_replaced(storage):
 
 @in_storages("two bytes")
 def test_one_optimizer_becomes_several_and_one_again(storage):
-    names, before = after("One optimizer becomes several, and one again", storage)
+    heading = "One optimizer becomes several, and one again"
+    names, before = after(heading, storage, **COMPILED)
     same(names["joined"], before, ["head"])
     m, u = read(before)
     slow_m, slow_u = read(names["split"].inner_states["slow"])
@@ -169,7 +174,7 @@ def test_one_optimizer_becomes_several_and_one_again(storage):
 
 @in_storages()
 def test_the_states_of_several_workers_become_one(storage):
-    names, _ = after("The states of several workers become one", storage)
+    names, _ = after("The states of several workers become one", storage, **COMPILED)
     (m1, u1), (m2, u2) = (read(state) for state in names["states"])
     m, u = read(names["state"])
     for name in m:
@@ -205,7 +210,7 @@ def test_what_is_kept_is_stored_beside_another_scale(storage, jit):
         return train(optimizer.init(g), steps)
 
     whole, part = state_of("ab", 100), state_of("a", 1000)
-    insert = jax.jit(insert_state, static_argnames="missing") if jit else insert_state
+    insert = COMPILED["insert_state"] if jit else insert_state
     result = insert(whole, part, missing="keep")
     assert int(result[0].count) == 1000
     same(result, part, "a")
@@ -234,7 +239,7 @@ def test_restoring_into_what_was_saved():
     names = run(convert)
     chex.assert_trees_all_equal(
         names["state"],
-        convert_state(
+        COMPILED["convert_state"](
             names["saved_by"].update(
                 names["params"], names["saved_by"].init(names["params"])
             )[1],
@@ -284,8 +289,8 @@ def test_a_state_of_zeros_counts_as_new():
         assert str(figures) == str(figures_of_new)
         # Beside another u_scale, u is rounded otherwise.
         chex.assert_trees_all_close(step_of_zeros, expected, rtol=2e-3)
-        chex.assert_trees_all_equal(jax.jit(convert_state)(zeros), new)
-        chex.assert_trees_all_equal(jax.jit(insert_state)(new, zeros), new)
+        chex.assert_trees_all_equal(COMPILED["convert_state"](zeros), new)
+        chex.assert_trees_all_equal(COMPILED["insert_state"](new, zeros), new)
 
 
 MIXED = {"kernel": np.ones([4, 3], jnp.bfloat16), "norm": np.ones(3, np.float32)}
@@ -310,7 +315,7 @@ def test_groups_of_one_precision_each():
         {"kernel": "a", "norm": "b"},
     )
     new = groups.init(MIXED)
-    insert = jax.jit(insert_state)
+    insert = COMPILED["insert_state"]
     parts = {name: insert(p, state) for name, p in new.inner_states.items()}
     updates, _ = groups.update(MIXED, new._replace(inner_states=parts), MIXED)
     expected, _ = optimizer.update(MIXED, state, MIXED)
@@ -326,7 +331,7 @@ def test_the_only_leaf_in_half_precision_is_replaced():
     old = state[0]
     old = old._replace(m=old.m | {"kernel": None}, u=old.u | {"kernel": None})
     new = MIXED | {"kernel": np.ones([4, 5], jnp.bfloat16)}
-    insert = jax.jit(insert_state, static_argnames="missing")
+    insert = COMPILED["insert_state"]
     result = insert(optimizer.init(new), old, missing="keep")
     same(result, state, ["norm"])
     is_new(result, "kernel", (4, 5))
@@ -382,7 +387,7 @@ def test_master_weights_keep_their_residuals():
     params, state = train(optimizer, params, optimizer.init(params), [params] * 3)
     deeper = params | {"layer": np.ones(4, jnp.bfloat16)}
     full = full_params(params, state) | {"layer": np.full(4, 1.001, np.float32)}
-    insert = jax.jit(insert_state, static_argnames="missing")
+    insert = COMPILED["insert_state"]
     new = insert(optimizer.init(deeper), state, missing="keep")
     deeper, new = jax.jit(set_full_params)(deeper, new, full)
     chex.assert_trees_all_equal(full_params(deeper, new), full)
