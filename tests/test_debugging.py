@@ -92,10 +92,16 @@ def test_complex_updates():
     steps(lp_adam(1e-3, 3.0), {"a": np.ones([3, 4], np.complex64)})
 
 
-# Not operation by operation: a sum or a mean of nothing shows in the results.
-@pytest.mark.parametrize("debug_nans", ["jit"], indirect=True)
-@pytest.mark.parametrize("name", long_but(SHORT, OPTIMIZERS))
+@pytest.mark.parametrize(
+    ("debug_nans", "name"),
+    long_but(
+        [*(("jit", name) for name in SHORT), ("disable_jit", SHORT[1])],
+        itertools.product(["jit", "disable_jit"], OPTIMIZERS),
+    ),
+    indirect=["debug_nans"],
+)
 def test_parameters_without_coordinates(name):
+    """Whose sums and means are 0; they double the shapes to compile for."""
     params = {"matrix": np.ones([3, 4], np.float32), "empty": np.zeros([0, 3], "f")}
 
     @jax.jit
