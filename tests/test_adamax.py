@@ -41,9 +41,9 @@ FACTORIES = [scale_by_adamax, adamax, adamaxw]
 def tree(dtype=jnp.float32):
     """Leaves of every kind: a matrix, a scalar, nothing, an empty array."""
     return {
-        "matrix": jnp.ones([2, 3], dtype),
-        "inner": (jnp.ones([], dtype), None),
-        "empty": jnp.ones([0, 4], dtype),
+        "matrix": np.ones([2, 3], dtype),
+        "inner": (np.ones([], dtype), None),
+        "empty": np.ones([0, 4], dtype),
     }
 
 
@@ -93,15 +93,17 @@ def test_loops_and_branches_keep_the_state(x64, dtype, storage):
     def step(state):
         return optimizer.update(params, state, params)[1]
 
-    def branch_and_loop(state):
+    @jax.jit
+    def branch_and_loop():
+        state = optimizer.init(params)
         state = jax.lax.cond(state[0].count < 1, step, lambda state: state, state)
-        return jax.lax.scan(lambda s, _: (step(s), None), state, length=3)[0]
+        state = jax.lax.scan(lambda s, _: (step(s), None), state, length=3)[0]
+        return state, moments(state)
 
-    before = optimizer.init(params)
-    state = jax.jit(branch_and_loop)(before)
-    assert types(state) == types(before)
+    state, m_and_u = branch_and_loop()
+    assert types(state) == types(jax.eval_shape(optimizer.init, params))
     assert int(state[0].count) == 4
-    chex.assert_tree_all_finite(moments(state))
+    chex.assert_tree_all_finite(m_and_u)
 
 
 @EVERY_STORAGE
@@ -230,7 +232,7 @@ def test_one_trace_for_all_steps(storage):
 
 @EVERY_STORAGE
 def test_jitted_equals_unjitted(storage):
-    g = jnp.asarray(gradients(steps=20), jnp.float32)
+    g = np.float32(gradients(steps=20))
     optimizer = adamax(**storage)
     compiled = jax.jit(optimizer.update)
     plain = jitted = optimizer.init(g[0])
@@ -244,24 +246,23 @@ def test_jitted_equals_unjitted(storage):
 @pytest.mark.parametrize("storage", long_but([TWO_BYTES], STORAGES.values()))
 def test_vmap_over_a_population(storage):
     """Each member trains as if alone, each at its own decay rates."""
-    g = jnp.asarray(gradients(steps=8, size=6), jnp.float32).reshape(4, 2, 6)
-    b1 = jnp.array([0.0, 0.5, 0.9, 0.99])
+    g = np.float32(gradients(steps=8, size=6)).reshape(4, 2, 6)
+    b1 = np.float32([0.0, 0.5, 0.9, 0.99])
 
     def run(b1, g):
         optimizer = scale_by_adamax(b1, b2=1 - (1 - b1) / 4, **storage)
         state = optimizer.init(g[0])
         _, state = optimizer.update(g[0], state)
-        return optimizer.update(g[1], state)
+        update, state = optimizer.update(g[1], state)
+        return update, moments(state)
 
-    together = jax.vmap(run)(b1, g)
+    together = jax.device_get(jax.jit(jax.vmap(run))(b1, g))
     compiled = jax.jit(run)
     for i in range(4):
-        update, state = jax.tree.map(lambda x, i=i: x[i], together)
-        update_alone, state_alone = compiled(b1[i], g[i])
+        update, m_and_u = jax.tree.map(lambda x, i=i: x[i], together)
+        update_alone, alone = compiled(b1[i], g[i])
         chex.assert_trees_all_close(update, update_alone, rtol=1e-6)
-        chex.assert_trees_all_close(
-            moments(state), moments(state_alone), rtol=1e-6, atol=0
-        )
+        chex.assert_trees_all_close(m_and_u, alone, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("eps_inside", [True, False])
@@ -281,7 +282,7 @@ def test_meta_gradients_are_finite_at_zero_gradients(dtype, storage, eps_inside)
         update, _ = optimizer.update(2 * g, state)
         return jnp.sum(jnp.real(update))
 
-    g = jnp.array([0.0, 1.0, -2.0]).astype(dtype)
+    g = np.array([0.0, 1.0, -2.0], dtype)
     derivatives = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
     for eps in (0.0, 1e-8):
         chex.assert_tree_all_finite(derivatives(g, 0.9, 0.999, eps))
@@ -294,7 +295,7 @@ def test_meta_gradient_at_b1_zero():
         return optimizer.update(jnp.full(1, 2.0), state)[0].sum()
 
     # m_2 / (1 - b1^2) is (b1 + 2) / (1 + b1) and u_2 is 2: the slope at 0 is -1/2.
-    assert float(jax.grad(loss)(0.0)) == pytest.approx(-0.5)
+    assert float(jax.jit(jax.grad(loss))(0.0)) == pytest.approx(-0.5)
 
 
 def test_meta_gradient_through_a_step_is_right():
@@ -402,7 +403,7 @@ def test_injected_schedules_keep_the_gradients_dtype(dtype):
 
 
 def test_double_precision_keeps_float32_leaves(x64):
-    params = {"single": jnp.ones(2, jnp.float32), "double": jnp.ones(2, jnp.float64)}
+    params = {"single": np.ones(2, np.float32), "double": np.ones(2)}
     optimizer = adamaxw(jnp.float32(0.1), weight_decay=np.float64(0.1))
     state = optimizer.init(params)
     updates, new_state = optimizer.update(params, state, params)
@@ -501,36 +502,37 @@ class TestEndsOfTheRange:
 
     def assert_first_steps(self, optimizer, g, expected):
         """Constant gradients: each step is the sign, whatever the size."""
-        state = optimizer.init(jnp.zeros_like(g, dtype_of_state(g)))
+        state = optimizer.init(np.zeros_like(g, dtype_of_state(g)))
         # How far apart two numbers of m are where m/u is 0.1.
         rtol = {"int8": 0.04}.get(state.m.dtype.name, 0.01)
         for jit in (False, True):
             update = jax.jit(optimizer.update) if jit else optimizer.update
-            state = optimizer.init(jnp.zeros_like(g, dtype_of_state(g)))
+            state = optimizer.init(np.zeros_like(g, dtype_of_state(g)))
             for _ in range(3):
                 step, state = update(g, state)
                 np.testing.assert_allclose(step, expected, rtol=rtol)
-                floats = [x.astype(jnp.complex64) for x in jax.tree.leaves(state)]
+                floats = [np.complex128(x) for x in jax.tree.leaves(state)]
                 chex.assert_tree_all_finite(floats)
 
     @pytest.mark.parametrize("nesterov", [False, True])
     @pytest.mark.parametrize("options", EVERY)
     def test_the_largest_gradients(self, options, nesterov):
         sizes = np.float32([self.LARGEST, 3.3e38, 2.0**126, 2.0**126.5])
-        g = jnp.asarray(np.stack([sizes, -sizes], axis=1))
+        g = np.stack([sizes, -sizes], axis=1)
         optimizer = scale_by_adamax(nesterov=nesterov, **options)
         if not nesterov:
             self.assert_first_steps(optimizer, g, np.sign(g))
-        step, state = jax.jit(optimizer.update)(g, optimizer.init(g))
+        update = jax.jit(optimizer.update)
+        step, state = update(g, optimizer.init(g))
         assert np.all(np.isfinite(step)) and np.all(np.sign(step) == np.sign(g))
         # Without any gradient no step grows.
         for _ in range(3):
-            later, state = optimizer.update(0 * g, state)
+            later, state = update(0 * g, state)
             assert np.all(np.abs(later) < np.abs(step))
 
     @pytest.mark.parametrize("p", [1.0, 2.0, 3.5, 64.0, np.inf])
     def test_the_largest_gradients_of_the_family(self, p):
-        g = jnp.array([self.LARGEST, -self.LARGEST, 3.3e38, 1.0])
+        g = np.float32([self.LARGEST, -self.LARGEST, 3.3e38, 1.0])
         for eps_inside in (False, True):
             optimizer = scale_by_lp_adam(p, eps_inside=eps_inside)
             self.assert_first_steps(optimizer, g, np.sign(g))
@@ -541,13 +543,13 @@ class TestEndsOfTheRange:
     )
     def test_a_modulus_that_overflows(self, optimizer):
         """Both parts are finite; the direction is kept."""
-        g = jnp.array([3.3e38 + 3.3e38j, 1e38 - 3e38j, 3e38j])
+        g = np.complex64([3.3e38 + 3.3e38j, 1e38 - 3e38j, 3e38j])
         wide = np.asarray(g, np.complex128)
         self.assert_first_steps(optimizer, g, wide / np.abs(wide))
 
     def test_a_shared_u_beyond_its_reciprocal(self):
         """A division by a broadcast u becomes a product: 1 / 2^127 is flushed to 0."""
-        g = jnp.array([[2.0**127, 2.0**120], [2.0**126, -(2.0**125)]])
+        g = np.float32([[2.0**127, 2.0**120], [2.0**126, -(2.0**125)]])
         optimizer = scale_by_adamax(shared_axes=-1)
         expected = [[1, 2.0**-7], [1, -0.5]]
         self.assert_first_steps(optimizer, g, expected)
@@ -558,20 +560,20 @@ class TestEndsOfTheRange:
         # Close to the largest number, and divided by a scale that is close to a half.
         sequence = [0 * g] * 682 + [g] * 10 + [0 * g] * 3
         optimizer = scale_by_adamax(u_dtype="bfloat16", m_dtype="float32")
-        update, state = jax.jit(optimizer.update), optimizer.init(jnp.zeros(2))
+        update, state = jax.jit(optimizer.update), optimizer.init(np.zeros(2, "f"))
         for g_t, expected in zip(sequence, reference.adamax(sequence), strict=True):
-            step, state = update(jnp.asarray(g_t, jnp.float32), state)
+            step, state = update(np.float32(g_t), state)
             np.testing.assert_allclose(step, expected.update, rtol=0.01)
 
     @pytest.mark.parametrize("options", EVERY)
     def test_float64_gradients_beyond_float32(self, x64, options):
         """What is outside counts as the end: the step is 1."""
-        g = jnp.array([[1e39, 1e300], [-1e39, -1e308]], jnp.float64)
+        g = np.array([[1e39, 1e300], [-1e39, -1e308]])
         self.assert_first_steps(scale_by_adamax(**options), g, np.sign(g))
 
     @pytest.mark.parametrize("p", [1.0, 2.0, np.inf])
     def test_float64_gradients_of_the_family(self, x64, p):
-        g = jnp.array([1e39, -1e300], jnp.float64)
+        g = np.array([1e39, -1e300])
         self.assert_first_steps(scale_by_lp_adam(p), g, np.sign(g))
 
     @pytest.mark.parametrize(
@@ -579,14 +581,14 @@ class TestEndsOfTheRange:
         [scale_by_adamax(), scale_by_adamax(u_dtype="uint8"), scale_by_lp_adam(2.0)],
     )
     def test_complex128_gradients_beyond_complex64(self, x64, optimizer):
-        g = jnp.array([1e39 + 1e39j, -1e300j, 1e308 - 1e308j], jnp.complex128)
+        g = np.array([1e39 + 1e39j, -1e300j, 1e308 - 1e308j])
         expected = np.array([1 + 1j, -np.sqrt(2) * 1j, 1 - 1j]) / np.sqrt(2)
         self.assert_first_steps(optimizer, g, expected)
 
 
 def dtype_of_state(g):
     """The state of parameters in single precision, whatever the gradients."""
-    return jnp.complex64 if jnp.iscomplexobj(g) else jnp.float32
+    return jnp.complex64 if np.iscomplexobj(g) else jnp.float32
 
 
 @pytest.fixture
@@ -621,7 +623,7 @@ def test_float64_where_x64_is_off(explicit_x64, optimizer, jit):
 @pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "int8"])
 def test_constant_gradients_beyond_what_u_holds(m_dtype):
     """Count as the end of its range, for m as for u: steps of 1 at every age."""
-    g = jnp.array([1e11, -40_000.0, 3e38])
+    g = np.float32([1e11, -40_000.0, 3e38])
     optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype="uint8")
 
     def step(state, _):
@@ -641,10 +643,11 @@ def test_gradients_that_are_just_finite_are_not_cut_off_in_float32():
     *_, expected = reference.adamax(sequence)
     for dtype in (jnp.float32, jnp.complex64):
         for optimizer in (scale_by_adamax(), scale_by_lp_adam(jnp.inf)):
-            state = optimizer.init(jnp.zeros(1, dtype))
+            state = optimizer.init(np.zeros(1, dtype))
+            update = jax.jit(optimizer.update)
             for g in sequence:
-                step, state = optimizer.update(jnp.asarray(g, dtype), state)
-            np.testing.assert_allclose(jnp.real(step), expected.update, rtol=1e-5)
+                step, state = update(np.asarray(g, dtype), state)
+            np.testing.assert_allclose(np.real(step), expected.update, rtol=1e-5)
 
 
 @EVERY_OPTIMIZER
@@ -678,5 +681,5 @@ def test_diagnosis_where_x64_is_off(explicit_x64):
     g = jnp.asarray(np.array([1e-300, 1.0]), jnp.float64)
     optimizer = scale_by_adamax(eps=0.0)
     _, state = optimizer.update(g, optimizer.init(g))
-    total = adamax_jax.diagnose(state, eps=0.0).total
+    total = jax.jit(lambda state: adamax_jax.diagnose(state, eps=0.0))(state).total
     np.testing.assert_allclose(total["decades"], 300, rtol=1e-6)

@@ -32,12 +32,11 @@ SHORT = (
     "two bytes int8",
     "two bytes",
 )
+# Of one shape, since each operation is compiled for each shape.
 PARAMS = {
-    "matrix": jnp.ones([3, 4]),
-    # Of the same shape, since each operation is compiled for each shape.
-    "half": jnp.ones([3, 4], jnp.bfloat16),
-    "float16": jnp.ones([3, 4], jnp.float16),
-    "empty": jnp.zeros([0, 3]),
+    "matrix": np.ones([3, 4], np.float32),
+    "half": np.ones([3, 4], jnp.bfloat16),
+    "float16": np.ones([3, 4], np.float16),
 }
 OPTIONS = [
     {},
@@ -89,8 +88,31 @@ def test_updates(name):
 
 
 def test_complex_updates():
-    steps(adamax(1e-3), {"a": jnp.ones(2, jnp.complex64)})
-    steps(lp_adam(1e-3, 3.0), {"a": jnp.ones(2, jnp.complex64)})
+    steps(adamax(1e-3), {"a": np.ones([3, 4], np.complex64)})
+    steps(lp_adam(1e-3, 3.0), {"a": np.ones([3, 4], np.complex64)})
+
+
+@pytest.mark.parametrize(
+    ("debug_nans", "name"),
+    long_but(
+        [*(("jit", name) for name in SHORT), ("disable_jit", SHORT[1])],
+        itertools.product(["jit", "disable_jit"], OPTIMIZERS),
+    ),
+    indirect=["debug_nans"],
+)
+def test_parameters_without_coordinates(name):
+    """Whose sums and means are 0; they double the shapes to compile for."""
+    params = {"matrix": np.ones([3, 4], np.float32), "empty": np.zeros([0, 3], "f")}
+
+    @jax.jit
+    def run(params):
+        state = OPTIMIZERS[name].init(params)
+        updates, state = OPTIMIZERS[name].update(params, state, params)
+        wide = convert_state(state, m_dtype="float32", u_dtype="float32")
+        return updates, state, moments(state), diagnose(state), moments(wide)
+
+    for x in jax.tree.leaves(run(params)):
+        assert np.isfinite(x).all()
 
 
 @pytest.mark.parametrize("name", long_but(["two bytes"], STORAGES))
@@ -121,17 +143,18 @@ def test_tools(name):
     ),
 )
 def test_weights_in_full(dtype, residual_dtype):
-    params = {"w": jnp.ones(3, dtype)}
+    params = {"w": np.ones([3, 4], dtype)}
     state = steps(master_weights(adamax(1e-3), residual_dtype), params)
     assert np.isfinite(full_params(params, state)["w"]).all()
-    both = set_full_params(params, state, {"w": jnp.full(3, 0.1)})
+    both = set_full_params(params, state, {"w": np.full([3, 4], 0.1, "f")})
     np.testing.assert_allclose(full_params(*both)["w"], 0.1, rtol=1e-3)
 
 
+@pytest.mark.parametrize("debug_nans", ["jit"], indirect=True)
 @pytest.mark.parametrize("name", long_but(SHORT, OPTIMIZERS))
 def test_float64_of_numpy_makes_no_warnings(name):
     """JAX takes it for float32, and so do we."""
-    params = {"matrix": np.ones([3, 4]), "bias": np.zeros(3)}
+    params = {"matrix": np.ones([3, 4]), "bias": np.zeros([3, 4])}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer = OPTIMIZERS[name]

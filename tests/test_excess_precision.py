@@ -108,12 +108,12 @@ def test_small_steps_add_up(dtype, residual_dtype, direction):
     """1000 of 1e-4, far below the distance of 1 to the next number."""
     optimizer = master_weights(optax.scale(1e-4), residual_dtype)
     step = steps_of(optimizer, with_excess_precision)
-    params = jnp.ones(3, dtype)
+    params = np.ones(3, dtype)
     state = optimizer.init(params)
     for _ in range(1000):
-        params, state = step(params, state, jnp.full(3, direction, dtype))
+        params, state = step(params, state, np.full(3, direction, dtype))
     np.testing.assert_allclose(
-        full_params(params, state), 1 + 0.1 * direction, atol=1e-3
+        jax.jit(full_params)(params, state), 1 + 0.1 * direction, atol=1e-3
     )
 
 
@@ -123,18 +123,24 @@ def numbers(size, seed):
     return np.float32(rng.normal(size=size) * 10.0 ** rng.uniform(-9, 6, size))
 
 
+def cast(x, dtype):
+    """In NumPy; what is beyond float16 becomes infinite."""
+    with np.errstate(over="ignore"):
+        return x.astype(dtype)
+
+
 @EVERY_HALF
 @EVERY_RESIDUAL
 def test_float32_weights_are_brought_in(dtype, residual_dtype):
-    full = jnp.asarray(numbers(2000, seed=0))
-    params = full.astype(dtype)
+    full = numbers(2000, seed=0)
+    params = cast(full, dtype)
     state = master_weights(optax.identity(), residual_dtype).init(params)
 
     def there_and_back(params, state, full):
         params, state = set_full_params(params, state, full)
         return params, state, full_params(params, state)
 
-    expected = there_and_back(params, state, full)
+    expected = jax.jit(there_and_back)(params, state, full)
     actual = with_excess_precision(there_and_back)(params, state, full)
     chex.assert_trees_all_equal(actual, expected)
 
@@ -144,26 +150,27 @@ def test_float32_weights_are_brought_in(dtype, residual_dtype):
 @pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 def test_steps_have_the_same_bits(storage, dtype, residual_dtype):
     optimizer = master_weights(adamax(1e-2, **storage), residual_dtype)
-    params = jnp.asarray(numbers(200, seed=1)).astype(dtype)
+    params = cast(numbers(200, seed=1), dtype)
     check_the_same_bits(optimizer, params, steps=10)
 
 
 @pytest.mark.parametrize("dtype", [*HALF, jnp.float32])
 @pytest.mark.parametrize("make", [adamax, functools.partial(lp_adam, 1e-2, 3.0)])
 def test_steps_without_master_weights_do(make, dtype):
-    check_the_same_bits(make(), jnp.asarray(numbers(200, seed=1)).astype(dtype), 10)
+    check_the_same_bits(make(), cast(numbers(200, seed=1), dtype), 10)
 
 
 @pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 def test_conversions_do(storage):
     optimizer = adamax(m_dtype="float32", u_dtype="float32")
-    g = jnp.asarray(numbers(200, seed=2))
-    _, state = optimizer.update(g, optimizer.init(g))
+    g = numbers(200, seed=2)
+    _, state = jax.jit(optimizer.update)(g, optimizer.init(g))
 
     def convert(state):
         return moments(convert_state(state, **storage))
 
-    chex.assert_trees_all_equal(with_excess_precision(convert)(state), convert(state))
+    expected = jax.jit(convert)(state)
+    chex.assert_trees_all_equal(with_excess_precision(convert)(state), expected)
 
 
 def check_the_same_bits(optimizer, params, steps):
@@ -172,6 +179,6 @@ def check_the_same_bits(optimizer, params, steps):
     )
     expected = actual = params, optimizer.init(params)
     for i in range(steps):
-        g = jnp.asarray(numbers(params.shape, seed=10 + i)).astype(params.dtype)
+        g = cast(numbers(params.shape, seed=10 + i), params.dtype)
         expected, actual = plain(*expected, g), excess(*actual, g)
         chex.assert_trees_all_equal(actual, expected)

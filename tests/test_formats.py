@@ -145,6 +145,10 @@ def written_back(m, u, u_scale):
     return stored_as(read_m, read_u, m.dtype, u.dtype, u_scale), read_u
 
 
+# An eager call compiles a program for each operation and shape.
+moments_of = jax.jit(moments)
+
+
 def assert_same_bits(actual, expected):
     assert actual.dtype == expected.dtype
     assert np.asarray(actual).tobytes() == np.asarray(expected).tobytes()
@@ -253,8 +257,8 @@ def test_out_of_range(u_dtype):
         UINT8[1] if u_dtype == "uint8" else float(jnp.finfo(u_dtype).smallest_subnormal)
     )
     optimizer = scale_by_adamax(eps=0.0, m_dtype="int8", u_dtype=u_dtype)
-    g = jnp.array([1e-36, -1e-36, 3e38, -3e38, 0.0])
-    update, state = optimizer.update(g, optimizer.init(g))
+    g = np.float32([1e-36, -1e-36, 3e38, -3e38, 0.0])
+    update, state = jax.jit(optimizer.update)(g, optimizer.init(g))
     expected = np.array(np.sign(g))
     if u_dtype != "bfloat16":
         expected[:2] = 0
@@ -273,7 +277,7 @@ def test_out_of_range(u_dtype):
     # The bound, times what u may have been rounded down, at all ages.
     state, updates = jax.jit(lambda s: jax.lax.scan(step, s, length=3000))(state)
     assert np.all(np.abs(updates) <= LONGEST_STEP / ROUNDING_LEAVES)
-    _, u = moments(state)
+    u = np.asarray(moments_of(state)[1])
     assert np.all(np.isfinite(u)) and np.all(u[:4] > 0) and u[4] == 0
 
 
@@ -531,7 +535,7 @@ class TestStepOfTheStored:
         update, state = jax.jit(optimizer.update), optimizer.init(g[0])
         for t, g_t in enumerate(g, 1):
             step, state = update(g_t, state)
-            m, u = (np.asarray(x, np.float64) for x in moments(state))
+            m, u = (np.asarray(x, np.float64) for x in moments_of(state))
             m_hat = m / (1 - 0.9**t)
             if rule.get("nesterov"):
                 m_hat = 0.9 * m / (1 - 0.9 ** (t + 1)) + 0.1 * g_t / (1 - 0.9**t)
@@ -545,19 +549,23 @@ class TestStepOfTheStored:
     )
     def test_its_derivatives_are_those_of_float32(self, m_dtype, u_dtype, rule):
         """From the same numbers: as if this step did not round them."""
-        first, second = jnp.array([1.0, -3.0, 0.5, 2.0]), jnp.array([0.2, 3.5, 0.1, 1])
-        weights = jnp.array([1.0, 2.0, 3.0, 4.0])
+        first = np.float32([1.0, -3.0, 0.5, 2.0])
+        second = np.float32([0.2, 3.5, 0.1, 1])
+        weights = np.float32([1.0, 2.0, 3.0, 4.0])
 
         def derivative(optimizer, state):
             return jax.grad(lambda g: weights @ optimizer.update(g, state)[0])(second)
 
         narrow = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype, **rule)
         wide = scale_by_adamax(**rule)
-        _, state = narrow.update(first, narrow.init(first))
-        same = convert_state(state, m_dtype="float32", u_dtype="float32")
-        np.testing.assert_allclose(
-            derivative(narrow, state), derivative(wide, same), rtol=1e-5
-        )
+
+        @jax.jit
+        def derivatives():
+            _, state = narrow.update(first, narrow.init(first))
+            same = convert_state(state, m_dtype="float32", u_dtype="float32")
+            return derivative(narrow, state), derivative(wide, same)
+
+        np.testing.assert_allclose(*derivatives(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("m_dtype", ["float32", *EPS_OF_M, "int8"])
@@ -581,10 +589,11 @@ def test_the_largest_gradients_at_every_scale(m_dtype):
 def test_float64_u_beside_a_mean_of_less_range(m_dtype, x64):
     """What float32 cannot hold counts as its end, for u as for m."""
     optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype="float64")
-    g = jnp.array([1e300, -1e39, 1.0])
+    g = np.array([1e300, -1e39, 1.0])
     state = optimizer.init(g)
+    step = jax.jit(optimizer.update)
     for _ in range(5):
-        update, state = optimizer.update(g, state)
+        update, state = step(g, state)
         np.testing.assert_allclose(update, np.sign(g), rtol=0.1)
 
 
@@ -593,10 +602,12 @@ def test_float64_u_beside_a_mean_of_less_range(m_dtype, x64):
 def test_others_stand_still_beside_an_infinite_u(m_dtype, u_dtype):
     """That they share: also at the next step."""
     optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype, shared_axes=-1)
-    state = optimizer.init(jnp.ones([2, 4]))
-    for row in ([1.0, 1, 1, 1], [jnp.inf, 1, 1, 0], [1.0, 1, 1, 1], [0.0, 1, -1, 1]):
-        update, state = optimizer.update(jnp.array([row, [1.0, 2, 3, 4]]), state)
-    np.testing.assert_array_less(jnp.abs(update[0, 1:]), 1e-6)
+    state = optimizer.init(np.ones([2, 4], "f"))
+    step = jax.jit(optimizer.update)
+    for row in ([1.0, 1, 1, 1], [np.inf, 1, 1, 0], [1.0, 1, 1, 1], [0.0, 1, -1, 1]):
+        update, state = step(np.float32([row, [1.0, 2, 3, 4]]), state)
+    update = np.asarray(update)
+    np.testing.assert_array_less(np.abs(update[0, 1:]), 1e-6)
     assert not np.isfinite(update[0, 0])
     assert np.all(np.isfinite(update[1])) and np.all(update[1] > 0)
 
@@ -621,20 +632,22 @@ def test_update_is_close_to_float32(name):
 def test_non_finite_gradients(name):
     """The update carries them; a guard keeps the state; without it, this is stored."""
     optimizer = scale_by_adamax(**STORAGES[name])
-    g = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0])
-    update, state = jax.jit(optimizer.update)(g, optimizer.init(jnp.ones(4)))
-    np.testing.assert_array_equal(jnp.isfinite(update), [False, False, False, True])
+    g, ones = np.float32([np.nan, np.inf, -np.inf, 1.0]), np.ones(4, np.float32)
+    step = jax.jit(optimizer.update)
+    update, state = step(g, optimizer.init(ones))
+    np.testing.assert_array_equal(np.isfinite(update), [False, False, False, True])
     if name == "two bytes":
-        np.testing.assert_allclose(moments(state)[1][:3], 1.5 * 2.0**31, rtol=1 / 8)
-        np.testing.assert_array_equal(state.m[:3], [-128, -128, -128])
+        u = np.asarray(moments_of(state)[1])
+        np.testing.assert_allclose(u[:3], 1.5 * 2.0**31, rtol=1 / 8)
+        np.testing.assert_array_equal(np.asarray(state.m)[:3], [-128, -128, -128])
     else:
-        assert not np.any(np.isfinite(state.u.astype(jnp.float32)[:3]))
+        assert not np.any(np.isfinite(np.float32(state.u)[:3]))
     # Without it, these coordinates are lost, the others are not.
-    update, _ = optimizer.update(jnp.ones(4), state)
-    np.testing.assert_array_equal(jnp.isfinite(update), [False, False, False, True])
+    update, _ = step(ones, state)
+    np.testing.assert_array_equal(np.isfinite(update), [False, False, False, True])
     guarded = optax.apply_if_finite(optimizer, max_consecutive_errors=3)
-    before = guarded.init(jnp.ones(4))
-    update, after = guarded.update(g, before)
+    before = guarded.init(ones)
+    update, after = jax.jit(guarded.update)(g, before)
     chex.assert_trees_all_equal(after.inner_state, before.inner_state)
     np.testing.assert_array_equal(update, np.zeros(4))
 
@@ -643,15 +656,16 @@ def test_non_finite_gradients(name):
 @pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "int8"])
 def test_non_finite_gradients_in_mixed_storage(m_dtype, u_dtype):
     optimizer = scale_by_adamax(m_dtype=m_dtype, u_dtype=u_dtype)
-    g = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0])
-    update, state = optimizer.update(g, optimizer.init(jnp.ones(4)))
-    np.testing.assert_array_equal(jnp.isfinite(update), [False, False, False, True])
+    g, ones = np.float32([np.nan, np.inf, -np.inf, 1.0]), np.ones(4, np.float32)
+    step = jax.jit(optimizer.update)
+    update, state = step(g, optimizer.init(ones))
+    np.testing.assert_array_equal(np.isfinite(update), [False, False, False, True])
     if m_dtype == "int8":
-        np.testing.assert_array_equal(state.m[:3], [-128, -128, -128])
+        np.testing.assert_array_equal(np.asarray(state.m)[:3], [-128, -128, -128])
     else:
-        assert not np.any(np.isfinite(state.m.astype(jnp.float32)[:3]))
-    update, _ = optimizer.update(jnp.ones(4), state)
-    np.testing.assert_array_equal(jnp.isfinite(update), [False, False, False, True])
+        assert not np.any(np.isfinite(np.float32(state.m)[:3]))
+    update, _ = step(ones, state)
+    np.testing.assert_array_equal(np.isfinite(update), [False, False, False, True])
 
 
 def test_dtypes_as_strings_or_types():

@@ -35,8 +35,8 @@ def test_a_u_of_more_than_twice_eps_is_bounded(u, is_bounded):
     """What is below has seen no gradient, or not for long."""
     eps = 2.0**-20
     optimizer = scale_by_adamax(eps=eps, max_growth=K)
-    state = optimizer.init(jnp.zeros(1))._replace(u=jnp.array([u * eps]))
-    _, state = optimizer.update(jnp.ones(1), state)
+    state = optimizer.init(np.zeros(1, "f"))._replace(u=np.float32([u * eps]))
+    _, state = optimizer.update(np.ones(1, "f"), state)
     expected = K * u * eps if is_bounded else 1.0
     np.testing.assert_allclose(state.u, expected, rtol=1e-5)
 
@@ -57,14 +57,15 @@ def test_it_is_the_reference_in_float64(x64, dtype, eps_inside, nesterov):
     g = gradients(decades=4)
     if dtype == np.complex128:
         g = g + 1j * gradients(decades=4, seed=1)
-    update, state = trajectory(scale_by_adamax(**options), jnp.asarray(g))
+    update, state = trajectory(scale_by_adamax(**options), g)
+    update, u = np.asarray(update), np.asarray(state.u)
     for t, exact in enumerate(reference.adamax(g, **options)):
-        np.testing.assert_allclose(state.u[t], exact.u, rtol=1e-12)
+        np.testing.assert_allclose(u[t], exact.u, rtol=1e-12)
         np.testing.assert_allclose(update[t], exact.update, rtol=1e-10, atol=1e-12)
 
 
 def test_a_growth_that_is_never_reached_changes_nothing():
-    g = jnp.asarray(gradients(), jnp.float32)
+    g = np.float32(gradients())
     plain, plain_state = trajectory(scale_by_adamax(), g)
     bounded, state = trajectory(scale_by_adamax(max_growth=1e30), g)
     np.testing.assert_array_equal(state.u, plain_state.u)
@@ -80,7 +81,7 @@ def test_u_grows_by_the_factor_or_by_one_step_of_its_dtype(u_dtype):
     size = np.linspace(1, 2, 16, dtype=np.float32)
     steps = 100
     scale = np.where(np.arange(steps) < 10, 1, 100)[:, None]
-    g = jnp.asarray(size * scale, jnp.float32)
+    g = np.float32(size * scale)
     _, states = trajectory(scale_by_adamax(**options), g)
     u = np.asarray(moments_of(states)[1])
     growth = u[1:] / u[:-1]
@@ -100,9 +101,10 @@ def test_the_first_gradient_is_taken_whole(u_dtype, eps_inside):
     optimizer = scale_by_adamax(
         max_growth=K, u_dtype=u_dtype, m_dtype="float32", eps_inside=eps_inside
     )
-    g = jnp.zeros([9, 3]).at[0, 0].set(2).at[1, 1].set(2).at[8, 2].set(2)
+    g = np.zeros([9, 3], np.float32)
+    g[[0, 1, 8], [0, 1, 2]] = 2
     update, states = trajectory(optimizer, g)
-    u = np.asarray(moments_of(states)[1])
+    update, u = np.asarray(update), np.asarray(moments_of(states)[1])
     for i, t in enumerate((0, 1, 8)):
         assert u[t, i] == pytest.approx(2, rel=0.13)
         correction = (1 - 0.9) / (1 - 0.9 ** (t + 1))
@@ -121,9 +123,9 @@ def test_u_follows_a_quantile(share):
     assert rises == (share == 0.3)
     is_one = np.random.default_rng(0).random([steps, 50]) < share
     # u begins at 1e-3, which the first gradient sets.
-    g = jnp.where(jnp.arange(steps)[:, None] == 0, 1e-3, jnp.float32(is_one))
+    g = np.float32(np.where(np.arange(steps)[:, None] == 0, 1e-3, is_one))
     _, states = trajectory(scale_by_adamax(b2=b2, max_growth=k), g)
-    u = np.asarray(states.u[-1000:])
+    u = np.asarray(states.u)[-1000:]
     assert (np.median(u) > 0.8) if rises else (np.median(u) < 1e-3)
 
 
@@ -150,9 +152,9 @@ def test_steps_stay_within_the_bound(storage):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
 def test_no_gradient_exceeds_the_u_of_its_step_as_it_is_stored(u_dtype, dtype):
     """Without momentum, so that a step is the gradient by u."""
-    g = jnp.asarray(gradients(steps=200, size=64, decades=2), jnp.float32)
+    g = np.float32(gradients(steps=200, size=64, decades=2))
     if dtype == jnp.complex64:
-        g = lax.complex(g, g[::-1])
+        g = g + np.complex64(1j) * g[::-1]
     optimizer = scale_by_adamax(
         b1=0.0, b2=0.98, max_growth=K, m_dtype="float32", u_dtype=u_dtype
     )
@@ -167,7 +169,7 @@ def test_a_spike_holds_nothing_up(storage):
     g = rng.normal(size=[200, 32, 32]).astype(np.float32)
     g[100] *= 1e6
     optimizer = scale_by_adamax(b2=0.98, max_growth=1.1, **storage)
-    updates, states = trajectory(optimizer, jnp.asarray(g))
+    updates, states = trajectory(optimizer, g)
     u = np.asarray(moments_of(states)[1])
     # One step by the factor, or by one code.
     assert np.all(u[100] <= 1.27 * u[99])
@@ -184,8 +186,8 @@ def test_a_narrow_u_follows_the_wide_one(u_dtype):
         optimizer = scale_by_adamax(
             b2=0.98, max_growth=1.1, m_dtype="float32", u_dtype=u_dtype
         )
-        _, states = trajectory(optimizer, jnp.asarray(g))
-        return np.median(moments_of(states)[1][500:])
+        _, states = trajectory(optimizer, g)
+        return np.median(np.asarray(moments_of(states)[1])[500:])
 
     ratio = median(u_dtype) / median("float32")
     assert 1 / STEP_OF_U[u_dtype] < ratio < STEP_OF_U[u_dtype]
@@ -194,7 +196,7 @@ def test_a_narrow_u_follows_the_wide_one(u_dtype):
 @U_DTYPES
 def test_float64_gradients_beside_a_narrower_u(x64, u_dtype):
     optimizer = scale_by_adamax(max_growth=K, m_dtype="float64", u_dtype=u_dtype)
-    g = jnp.asarray([[1.0, 1e-3], [1e300, 1e-3], [1e300, 5e-4]])
+    g = np.array([[1.0, 1e-3], [1e300, 1e-3], [1e300, 5e-4]])
     updates, states = trajectory(optimizer, g)
     u = np.asarray(moments_of(states)[1])
     assert updates.dtype == jnp.float64
@@ -205,11 +207,13 @@ def test_float64_gradients_beside_a_narrower_u(x64, u_dtype):
 
 def test_a_shared_u_grows_by_the_factor():
     optimizer = scale_by_adamax(**DECAYS, max_growth=K, shared_axes=-1)
-    g = jnp.ones([2, 4, 8]).at[1, 0, 3].set(1e3).at[1, 1, 0].set(1.06)
-    updates, states = trajectory(optimizer, g)
+    g = np.ones([2, 4, 8], np.float32)
+    g[1, 0, 3], g[1, 1, 0] = 1e3, 1.06
+    updates, states = jax.device_get(trajectory(optimizer, g))
     np.testing.assert_allclose(states.u[1, :, 0], [K, 1.06, 1, 1], rtol=1e-6)
     # The others of a row see their own gradients.
-    expected = jnp.ones([8]).at[3].set((0.875 + K) / (0.875 + 1))
+    expected = np.ones(8)
+    expected[3] = (0.875 + K) / (0.875 + 1)
     np.testing.assert_allclose(updates[1, 0] * K, expected, rtol=1e-6)
 
 
@@ -218,7 +222,7 @@ def test_u_never_grows_by_more_than_the_factor(u_dtype):
     """Relative to the last u, at any decay; or to the next number, where k is less."""
     b2, k = np.meshgrid([0.0, 0.5, 0.835, 0.9, 0.99, 0.999], [1.1, 1.3, 2.0, 4.0])
     start = np.linspace(1, 2, 16, dtype=np.float32)
-    g = jnp.asarray(np.concatenate([[start], np.full([30, 16], 1e6, np.float32)]))
+    g = np.concatenate([[start], np.full([30, 16], 1e6, np.float32)])
 
     def norms(b2, k):
         optimizer = scale_by_adamax(
@@ -232,7 +236,7 @@ def test_u_never_grows_by_more_than_the_factor(u_dtype):
         return lax.scan(step, optimizer.init(g[0]), g)[1]
 
     every = jax.jit(jax.vmap(norms))
-    u = np.asarray(every(jnp.float32(b2.ravel()), jnp.float32(k.ravel())), np.float64)
+    u = np.asarray(every(np.float32(b2.ravel()), np.float32(k.ravel())), np.float64)
     growth, k = u[:, 1:9] / u[:, :8], k.ravel()[:, None, None]
     rounding = {"float32": 1e-6, "bfloat16": 2**-8, "uint8": 1e-6}[u_dtype]
     # In uint8 one step may be more.
@@ -248,7 +252,7 @@ def test_a_factor_of_2_is_exact(u_dtype):
     """The stored numbers double, where b2 is a power of 2 and so is their scale."""
     optimizer = scale_by_adamax(b1=0.0, b2=0.5, max_growth=2.0, u_dtype=u_dtype)
     g = np.concatenate([[np.linspace(1, 2, 16)], np.full([8, 16], 1e6)])
-    _, states = trajectory(optimizer, jnp.asarray(g, jnp.float32))
+    _, states = trajectory(optimizer, np.float32(g))
     u = np.asarray(moments_of(states)[1])
     np.testing.assert_array_equal(u[1:], 2 * u[:-1])
 
@@ -259,8 +263,9 @@ def test_nan_reaches_a_narrow_u_and_the_whole_slice_that_shares_it(u_dtype):
     optimizer = scale_by_adamax(
         max_growth=2.0, m_dtype="float32", u_dtype=u_dtype, shared_axes=-1
     )
-    g = jnp.ones([3, 2, 4]).at[1, 0, 0].set(jnp.nan)
-    updates, states = trajectory(optimizer, g)
+    g = np.ones([3, 2, 4], np.float32)
+    g[1, 0, 0] = np.nan
+    updates, states = jax.device_get(trajectory(optimizer, g))
     u = np.asarray(moments_of(states)[1])
     assert np.isnan(u[1:, 0]).all() if u_dtype == "bfloat16" else (u[1:, 0] > 2e9).all()
     assert np.isnan(updates[1:, 0, 0]).all()
@@ -269,16 +274,10 @@ def test_nan_reaches_a_narrow_u_and_the_whole_slice_that_shares_it(u_dtype):
 
 
 def test_infinities_are_cut_off_and_nan_is_not():
-    g = (
-        jnp.ones([3, 3])
-        .at[1, 0]
-        .set(jnp.inf)
-        .at[1, 1]
-        .set(-jnp.inf)
-        .at[1, 2]
-        .set(jnp.nan)
-    )
-    updates, states = trajectory(scale_by_adamax(**DECAYS, max_growth=K), g)
+    g = np.ones([3, 3], np.float32)
+    g[1] = np.inf, -np.inf, np.nan
+    optimizer = scale_by_adamax(**DECAYS, max_growth=K)
+    updates, states = jax.device_get(trajectory(optimizer, g))
     np.testing.assert_allclose(states.u[1, :2], K, rtol=1e-6)
     assert np.all(np.isfinite(updates[:, :2]))
     assert np.all(np.isnan(updates[1:, 2]))
@@ -292,7 +291,7 @@ def test_an_infinity_is_cut_off_where_the_product_overflows(k, first, u_dtype):
     optimizer = scale_by_adamax(
         b2=0.99, max_growth=k, m_dtype="float32", u_dtype=u_dtype
     )
-    updates, states = trajectory(optimizer, jnp.asarray([[first], [jnp.inf], [1.0]]))
+    updates, states = trajectory(optimizer, np.float32([[first], [np.inf], [1.0]]))
     assert np.all(np.isfinite(updates))
     assert np.all(np.isfinite(moments_of(states)[1]))
 
@@ -305,7 +304,8 @@ def test_after_a_long_pause_any_gradient_is_taken(u_dtype, eps_inside):
         b2=0.98, max_growth=K, m_dtype="float32", u_dtype=u_dtype, eps_inside=eps_inside
     )
     for pause, is_forgotten in ((700, False), (950, True)):
-        g = jnp.zeros([pause + 2, 1]).at[0].set(1).at[-1].set(1e3)
+        g = np.zeros([pause + 2, 1], np.float32)
+        g[0], g[-1] = 1, 1e3
         updates, states = trajectory(optimizer, g)
         u = np.asarray(moments_of(states)[1])[:, 0]
         assert np.all(np.abs(updates) < 1.3)
@@ -320,7 +320,8 @@ def test_a_u_at_the_smallest_number_takes_any_gradient_without_eps():
     optimizer = scale_by_adamax(
         b1=0.5, b2=0.9, eps=0.0, max_growth=K, m_dtype="float32", u_dtype="uint8"
     )
-    g = jnp.zeros([502, 1]).at[0].set(1).at[-1].set(10)
+    g = np.zeros([502, 1], np.float32)
+    g[0], g[-1] = 1, 10
     _, states = trajectory(optimizer, g)
     u = np.asarray(moments_of(states)[1])[:, 0]
     assert 0 < u[-2] < 5e-3
@@ -329,37 +330,39 @@ def test_a_u_at_the_smallest_number_takes_any_gradient_without_eps():
 
 def test_none_leaves_a_leaf_as_it_is():
     optimizer = scale_by_adamax(max_growth=K)
-    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    params = {"a": np.ones(2, "f"), "b": np.ones(2, "f")}
     _, state = optimizer.update(params, optimizer.init(params))
-    _, after = optimizer.update({"a": jnp.full(2, 9.0), "b": None}, state)
+    _, after = optimizer.update({"a": np.full(2, 9.0, "f"), "b": None}, state)
     np.testing.assert_array_equal(after.u["b"], state.u["b"])
     np.testing.assert_allclose(after.u["a"], K, rtol=1e-6)
 
 
 @pytest.mark.parametrize("make", [adamax, adamaxw])
 def test_it_may_be_injected_and_scheduled(make):
-    g = jnp.asarray(gradients(steps=20, decades=2), jnp.float32)
+    g = np.float32(gradients(steps=20, decades=2))
     injected = optax.inject_hyperparams(make)(
         0.1, max_growth=lambda count: jnp.where(count < 10, 1e9, 1.5)
     )
 
     def last_u(optimizer, state=None):
-        params = jnp.zeros(g.shape[1])
+        params = np.zeros(g.shape[1], np.float32)
         state = optimizer.init(params)
+        step = jax.jit(optimizer.update)
         for x in g:
-            _, state = jax.jit(optimizer.update)(x, state, params)
+            _, state = step(x, state, params)
         return optax.tree.get(state, "u")
 
     late, plain = last_u(injected), last_u(make(0.1))
+    late, plain = np.asarray(late), np.asarray(plain)
     assert np.all(late <= plain)
     assert np.any(late < plain)
 
 
-@pytest.mark.parametrize("wrt", range(3))
-def test_derivatives_are_those_of_finite_differences(x64, wrt):
+def test_derivatives_are_those_of_finite_differences(x64):
     g = gradients(steps=6, size=8, decades=3)[:, 1:] + 0.5
 
-    def loss(scale, k, b2):
+    def loss(point):
+        scale, k, b2 = point
         optimizer = scale_by_adamax(b2=b2, max_growth=k)
         state = optimizer.init(jnp.zeros(7))
         total = 0.0
@@ -369,15 +372,11 @@ def test_derivatives_are_those_of_finite_differences(x64, wrt):
             scale = scale + 0.01 * jnp.tanh(total)
         return total
 
-    at = [1.1, 1.2, 0.9]
-    step = 1e-6
-    above, below = (
-        [x + d * (i == wrt) for i, x in enumerate(at)] for d in (step, -step)
-    )
-    difference = (loss(*above) - loss(*below)) / (2 * step)
-    assert float(jax.grad(loss, wrt)(*at)) == pytest.approx(
-        float(difference), rel=1e-5, abs=1e-7
-    )
+    at, step = np.array([1.1, 1.2, 0.9]), 1e-6
+    value = jax.jit(loss)
+    expected = [(value(at + d) - value(at - d)) / (2 * step) for d in step * np.eye(3)]
+    actual = jax.jit(jax.grad(loss))(at)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -397,11 +396,10 @@ def test_what_is_no_number_is_refused(value):
 
 def test_dead_units_are_seen_as_before():
     optimizer = scale_by_adamax(max_growth=K)
-    params = jnp.zeros(4)
-    state = optimizer.init(params)
+    state = optimizer.init(np.zeros(4, np.float32))
     for _ in range(3):
-        _, state = optimizer.update(jnp.array([0.0, 1, 2, 3]), state)
-    assert float(diagnose(state).total["unseen"]) == 0.25
+        _, state = optimizer.update(np.float32([0, 1, 2, 3]), state)
+    assert float(jax.jit(diagnose)(state).total["unseen"]) == 0.25
 
 
 # Noise of mean 0 and deviation 1: where theta settles, by the factor, and the fraction

@@ -39,6 +39,11 @@ from adamax_jax import (
     to_optax,
 )
 
+# An eager call compiles a program for each operation and shape.
+read = jax.jit(moments)
+convert = jax.jit(convert_state, static_argnames=("m_dtype", "u_dtype"))
+insert = jax.jit(insert_state)
+
 FULL = {"m_dtype": "float32", "u_dtype": "float32"}
 STOP = len(BEFORE)
 
@@ -89,14 +94,15 @@ def test_an_update_names_the_function_that_converts():
 
 
 def test_ensembles_are_converted_member_by_member():
-    together = jax.tree.map(lambda g: jnp.stack([g, 2 * g]), PARAMS)
+    together = jax.tree.map(lambda g: np.stack([g, 2 * g]), PARAMS)
     states = jax.vmap(optax.adamax(0.1).init)(together)
-    states = from_optax(states)
+    states = jax.jit(from_optax)(states)
     assert states[0].u_scale.shape == states[0].count.shape == (2,)
     for function in (moments, to_optax, diagnose):
         with pytest.raises(ValueError, match=r"shape \(2,\).*jax\.vmap"):
             function(states)
-    chex.assert_trees_all_equal(jax.vmap(moments)(states), (states[0].m, states[0].u))
+    actual = jax.jit(jax.vmap(moments))(states)
+    chex.assert_trees_all_equal(actual, (states[0].m, states[0].u))
 
 
 # The last number of int8, and the ratio m/u that it stands for.
@@ -113,7 +119,7 @@ def rounding_of_m(target, ratio):
 @functools.cache
 def state_in(source):
     """The state of an optimizer in a storage after 300 steps."""
-    g = jnp.asarray(gradients(300, size=32, decades=8), jnp.float32)
+    g = np.float32(gradients(300, size=32, decades=8))
     optimizer = optax.chain(adamax(**STORAGES[source]), optax.scale(1.0))
 
     @jax.jit
@@ -128,21 +134,21 @@ def state_in(source):
 @pytest.mark.parametrize("target", STORAGES)
 def test_conversion_rounds_once(source, target):
     state, storage = state_in(source), FULL | STORAGES[target]
-    converted = convert_state(state, **storage)
-    like = jax.eval_shape(adamax(**storage).init, jnp.ones(32))
+    converted = convert(state, **storage)
+    like = jax.eval_shape(adamax(**storage).init, np.ones(32, "f"))
     assert jax.tree.map(jax.typeof, converted[0]) == jax.tree.map(jax.typeof, like)
     if target == "own":
         # Numbers of 32 bits are stored as they are.
         assert converted[0][0].u_scale == 1
-    (m, u), (new_m, new_u) = moments(state), moments(converted)
+    (m, u), (new_m, new_u) = jax.device_get((read(state), read(converted)))
     np.testing.assert_allclose(new_u, u, rtol=ROUNDING_OF_U[target])
     ratio = np.abs(m) / np.maximum(u, 1e-30)
     error = np.abs(new_m - m) / np.maximum(u, 1e-30)
     assert np.all(error <= rounding_of_m(target, ratio))
     # Back in float32, nothing is rounded any more, and training goes on.
-    back = convert_state(converted, **FULL)
-    chex.assert_trees_all_equal(moments(back), (new_m, new_u))
-    adamax(**FULL).update(jnp.ones(32), back[0])
+    back = convert(converted, **FULL)
+    chex.assert_trees_all_equal(read(back), (new_m, new_u))
+    adamax(**FULL).update(np.ones(32, "f"), back[0])
 
 
 def test_conversion_of_one_keeps_the_other():
@@ -158,11 +164,12 @@ def test_conversion_of_one_keeps_the_other():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
 def test_a_conversion_keeps_the_bound_of_steps(dtype):
     """Where u is too large to be stored, m is cut down with it, as by an update."""
-    g = jnp.full(3, 1e12, dtype)
+    g = np.full(3, 1e12, dtype)
     optimizer = scale_by_adamax()
     _, state = train(optimizer, g, optimizer.init(g), [g] * 50)
-    narrow = convert_state(state, u_dtype="uint8")
-    update, _ = scale_by_adamax(u_dtype="uint8").update(0 * g, narrow)
+    narrow = convert(state, u_dtype="uint8")
+    update, _ = jax.jit(scale_by_adamax(u_dtype="uint8").update)(0 * g, narrow)
+    update = np.asarray(update)
     assert np.all(np.abs(update) <= LONGEST_STEP / ROUNDING_LEAVES)
     assert np.all(np.abs(update) > 0.1)
 
@@ -184,10 +191,10 @@ def test_an_inserted_state_goes_on_to_the_bit(wrap):
     optimizer = wrap(adamax)
     params, state = train(optimizer, PARAMS, optimizer.init(PARAMS), BEFORE)
     expected = train(optimizer, params, state, AFTER)
-    new = insert_state(optimizer.init(PARAMS), state)
+    new = insert(optimizer.init(PARAMS), state)
     actual = train(optimizer, params, new, AFTER)
     chex.assert_trees_all_equal(actual[0], expected[0])
-    chex.assert_trees_all_equal(moments(actual[1]), moments(expected[1]))
+    chex.assert_trees_all_equal(read(actual[1]), read(expected[1]))
 
 
 @functools.cache
@@ -225,12 +232,12 @@ def test_what_does_not_count_updates_stays_new():
 @EVERY_STORAGE
 def test_an_inserted_state_is_stored_as_the_optimizer_stores(storage):
     optimizer = adamax(**storage)
-    new = insert_state(optimizer.init(PARAMS), trained())
+    new = insert(optimizer.init(PARAMS), trained())
     assert jax.tree.map(jax.typeof, new) == jax.tree.map(
         jax.typeof, optimizer.init(PARAMS)
     )
     if storage:
-        expected = convert_state(trained(), **storage)
+        expected = convert(trained(), **storage)
         chex.assert_trees_all_equal(new[0], expected)
 
 
@@ -256,7 +263,8 @@ def test_an_inserted_state_may_have_parts_that_are_masked():
 
 def test_an_inserted_state_may_have_more_below_what_is_masked():
     """A mask for a whole subtree stands in its place."""
-    params = {"a": jnp.ones(2), "b": {"c": jnp.ones(3), "d": [jnp.ones(4)]}}
+    ones = np.ones(3, np.float32)
+    params = {"a": ones, "b": {"c": ones, "d": [ones]}}
     given = adamax().init(params)[0]
     optimizer = optax.masked(adamax(), {"a": True, "b": False})
     state = insert_state(optimizer.init(params), given).inner_state[0]
@@ -335,23 +343,27 @@ def test_insert_state_needs_one_state():
 def test_insert_state_goes_from_rows_to_columns():
     rows, columns = adamax(shared_axes=-1), adamax(shared_axes=0)
     for shape in ((4, 4), (2, 0), (4, 4, 2)):
-        old, new = rows.init(jnp.ones(shape)), columns.init(jnp.ones(shape))
-        assert insert_state(new, old)[0].u.shape == new[0].u.shape
-        plain = adamax().init(jnp.ones(shape))
-        assert insert_state(plain, new)[0].u.shape == shape
-        assert insert_state(new, plain)[0].u.shape == new[0].u.shape
+        params = np.ones(shape, np.float32)
+        old, new, plain = (o.init(params) for o in (rows, columns, adamax()))
+        for target, given in ((new, old), (plain, new), (new, plain)):
+            assert insert(target, given)[0].u.shape == target[0].u.shape
 
 
 def test_insert_state_of_an_ensemble():
-    g = jnp.ones([3, 4, 6])
     rows, element_wise = adamax(shared_axes=-1), adamax()
-    _, old = jax.vmap(element_wise.update)(g, jax.vmap(element_wise.init)(g))
-    new = jax.vmap(insert_state)(jax.vmap(rows.init)(g), old)
+
+    @jax.jit
+    @jax.vmap
+    def inserted(g):
+        _, old = element_wise.update(g, element_wise.init(g))
+        return insert_state(rows.init(g), old)
+
+    new = inserted(np.ones([3, 4, 6], np.float32))
     assert new[0].u.shape == (3, 4, 1)
     np.testing.assert_array_equal(new[0].count, [1, 1, 1])
 
 
-MATRICES = jnp.asarray(gradients(40, size=24), jnp.float32).reshape(40, 4, 6)
+MATRICES = np.float32(gradients(40, size=24)).reshape(40, 4, 6)
 
 
 def test_a_run_goes_on_with_a_shared_u_as_if_it_always_had_been():
@@ -360,18 +372,18 @@ def test_a_run_goes_on_with_a_shared_u_as_if_it_always_had_been():
     rows, element_wise = adamax(shared_axes=-1), adamax()
     _, shared = train(rows, g[0], rows.init(g[0]), g[:20])
     _, plain = train(element_wise, g[0], element_wise.init(g[0]), g[:20])
-    inserted = insert_state(rows.init(g[0]), plain)
+    inserted = insert(rows.init(g[0]), plain)
     jax.tree.map(np.testing.assert_array_equal, inserted, shared)
-    repeated = insert_state(element_wise.init(g[0]), shared)
+    repeated = insert(element_wise.init(g[0]), shared)
     assert repeated[0].u.shape == (4, 6)
     np.testing.assert_array_equal(
         repeated[0].u, np.broadcast_to(shared[0].u, (4, 6)), strict=True
     )
     for storage in ({"m_dtype": "int8"}, STORAGES["two bytes"]):
-        narrow = convert_state(plain, **storage)
-        inserted = insert_state(adamax(shared_axes=-1, **storage).init(g[0]), narrow)
-        m, u = moments(inserted)
-        expected, element_wise_u = moments(narrow)
+        narrow = convert(plain, **storage)
+        inserted = insert(adamax(shared_axes=-1, **storage).init(g[0]), narrow)
+        m, u = jax.device_get(read(inserted))
+        expected, element_wise_u = jax.device_get(read(narrow))
         largest = np.asarray(element_wise_u).max(-1, keepdims=True)
         np.testing.assert_array_equal(u, largest, strict=True)
         # Rounded once more: in int8 at most half of 1.8 % of u.
@@ -384,20 +396,20 @@ def test_a_shared_u_is_read_as_any_other():
     optimizer = adamax(shared_axes=-1)
     init = optimizer.init(MATRICES[0])
     _, state = train(optimizer, MATRICES[0], init, MATRICES[:30])
-    m, u = moments(state)
+    m, u = jax.device_get(read(state))
     assert m.shape == (4, 6) and u.shape == (4, 1)
     nu = to_optax(state)[0].nu
     np.testing.assert_array_equal(nu, np.broadcast_to(u, (4, 6)), strict=True)
     assert from_optax(to_optax(state))[0].u.shape == (4, 6)
-    total = diagnose(state).total
-    ratio = np.abs(m) / np.asarray(u)
+    total = jax.jit(diagnose)(state).total
+    ratio = np.abs(m) / u
     np.testing.assert_allclose(total["rms"], np.sqrt(np.mean(ratio**2)), rtol=1e-5)
     np.testing.assert_allclose(total["max"], ratio.max(), rtol=1e-5)
     # The first coordinate of all, which shares a u that is not eps.
     assert total["unseen"] == 0
-    narrow = convert_state(state, **STORAGES["two bytes"])
+    narrow = convert(state, **STORAGES["two bytes"])
     assert narrow[0].u.shape == (4, 1) and narrow[0].u.dtype == jnp.uint8
-    np.testing.assert_allclose(moments(narrow)[1], u, rtol=ROUNDING_OF_U["two bytes"])
+    np.testing.assert_allclose(read(narrow)[1], u, rtol=ROUNDING_OF_U["two bytes"])
 
 
 def test_a_state_that_was_fetched_takes_another():
