@@ -316,7 +316,6 @@ def test_what_must_be_installed(device, module, package, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "The command bench needs " in message
     assert package in message
-    assert '[aot]"' in message
 
 
 def test_what_the_user_has_set_stays(monkeypatch):

@@ -3,7 +3,6 @@
 Most tests ask it of a command that takes no time.
 """
 
-import importlib.metadata
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import jax
 import pytest
 from tables import squeezed
 
-import adamax_jax
 from adamax_jax.__main__ import main
 from adamax_jax._lab import bench, command, demo
 
@@ -228,45 +226,15 @@ def test_what_a_file_held_is_kept_until_there_is_a_result(folder, monkeypatch):
     assert (folder / "a.json").read_text() == "before"
 
 
-@pytest.mark.parametrize(
-    ("is_clone", "how"),
-    [
-        (True, 'In the folder of adamax_jax:\n    pip install -e ".[demo]"'),
-        (False, ":\n    pip install flax scikit-learn"),
-    ],
-    ids=["clone", "wheel"],
-)
-def test_missing_packages_and_how_to_install_them(
-    is_clone, how, tmp_path, monkeypatch, capsys
-):
-    needs = command.FLAX | command.MATPLOTLIB | command.SKLEARN
-    use(monkeypatch, never, needs=lambda options: needs)
+@pytest.mark.parametrize("name", ["demo", "study"])
+def test_missing_packages_and_how_to_install_them(name, folder, monkeypatch, capsys):
     for module in ("flax", "sklearn"):
         monkeypatch.setitem(sys.modules, module, None)
-    module = tmp_path / "adamax_jax" / "__init__.py"
-    monkeypatch.setattr(adamax_jax, "__file__", str(module))
-    if is_clone:
-        (tmp_path / "pyproject.toml").touch()
-    assert main(["quick"]) == 1
-    message = capsys.readouterr().err
-    assert "The command quick needs flax, scikit-learn" in message
-    assert message.endswith(f"{how}\n")
-
-
-@pytest.mark.parametrize(
-    ("name", "module", "package"),
-    [
-        ("demo", "flax", "flax"),
-        ("demo", "matplotlib", "matplotlib"),
-        ("study", "sklearn", "scikit-learn"),
-    ],
-)
-def test_commands_say_what_they_need(
-    name, module, package, folder, monkeypatch, capsys
-):
-    monkeypatch.setitem(sys.modules, module, None)
     assert main([name]) == 1
-    assert f"The command {name} needs {package}" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(
+        f"The command {name} needs flax, scikit-learn:\n"
+        "    pip install flax scikit-learn\n"
+    )
     assert list(folder.iterdir()) == []
 
 
@@ -321,24 +289,14 @@ def test_a_table_is_aligned():
     )
 
 
-def test_version(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["--version"])
-    assert exit.value.code == 0
-    version = importlib.metadata.version("adamax_jax")
-    assert capsys.readouterr().out.strip() == version
-
-
 def test_the_environment_is_this_one(monkeypatch):
     """With the settings of JAX and XLA that may change the numbers."""
     for name in [name for name in os.environ if name.startswith(("JAX_", "XLA_"))]:
         monkeypatch.delenv(name)
-    python = ".".join(map(str, sys.version_info[:3]))
-    expected = f"jax {jax.__version__} on {jax.devices()[0].device_kind}"
-    assert command.environment() == f"{expected}, Python {python}"
+    assert command.environment().startswith(f"jax {jax.__version__} on ")
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert command.environment().endswith(f"Python {python}, JAX_ENABLE_X64=1")
+    assert command.environment().endswith(", JAX_ENABLE_X64=1")
 
 
 def test_a_process_without_arguments_shows_the_commands():

@@ -21,8 +21,6 @@ from typing import Any
 
 import jax
 
-import adamax_jax
-
 # Columns of the help.
 WIDTH = 79
 # Modules that commands import, and the packages that have them.
@@ -44,8 +42,6 @@ class Command:
     first_line: Callable[[Options], str | None] = lambda options: None
     # Modules that the command imports, with the packages that have them.
     needs: Callable[[Options], Mapping[str, str]] = lambda options: {}
-    # The extra of pyproject.toml with these packages.
-    extra: str = "demo"
     # How many results there will be, if that is known.
     total: Callable[[Options], int | None] = lambda options: None
     # Yields one result after the other.
@@ -192,17 +188,13 @@ def is_installed(module: str) -> bool:
 def _missing(command, options):
     """Says which packages to install and how, or returns None."""
     needed = command.needs(options)
-    missing = [needed[module] for module in needed if not is_installed(module)]
+    missing = {needed[module]: 0 for module in needed if not is_installed(module)}
     if not missing:
         return None
-    packages = list(dict.fromkeys(missing))
-    needs = f"The command {command.name} needs {', '.join(packages)}"
-    folder = Path(adamax_jax.__file__).parent.parent
-    if (folder / "pyproject.toml").exists():
-        install = f'pip install -e ".[{command.extra}]"'
-        return f"{needs}. In the folder of adamax_jax:\n    {install}"
-    # Installed from a wheel, which pip may not find by its name.
-    return f"{needs}:\n    pip install {shlex.join(packages)}"
+    return (
+        f"The command {command.name} needs {', '.join(missing)}:\n"
+        f"    pip install {shlex.join(missing)}"
+    )
 
 
 def _is_interrupt(error):

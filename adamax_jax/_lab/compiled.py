@@ -4,6 +4,7 @@ JAX compiles for TPUs and GPUs without having them. The programs are read, not r
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -32,7 +33,8 @@ CUDA = {
     "jax_cuda13_plugin": "jax[cuda13-local]",
     "nvidia.cu13.bin": "nvidia-cuda-nvcc",
 }
-VERSIONS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
+VERSIONS = ("adamax_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
+VERSIONS += ("nvidia-cuda-nvcc",)
 # Without a TPU, libtpu must not ask the cloud which TPU this machine is, nor wait for
 # another process, and needs a host and a type to report.
 _ENVIRONMENT = {
@@ -265,19 +267,16 @@ def _text(rows: Sequence[CompiledRow], options: argparse.Namespace) -> str:
 
 
 def _settings(options):
+    versions = {}
+    for package in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {
         "compiled_not_run": True,
-        "versions": {p: v for p in ("adamax_jax", *VERSIONS) if (v := _version(p))},
+        "versions": versions,
         "shape": MATRIX,
         "command": f"python -m adamax_jax bench --for {','.join(options.targets)}",
     }
-
-
-def _version(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _problem(options):
@@ -291,7 +290,6 @@ def _problem(options):
 COMMAND = Command(
     name="bench",
     needs=lambda options: needs(options.targets),
-    extra="aot",
     total=lambda options: len(options.targets) * len(contenders()),
     results=lambda options: measure(options.targets),
     describe=lambda row: f"{row.device}, {row.contender}",
