@@ -67,9 +67,16 @@ def assert_saved(folder, results):
 def test_progress_then_the_tables_and_the_files(
     total, shown, folder, monkeypatch, capsys
 ):
+    def results():
+        yield 10
+        # Each is saved at once, but the figure, which takes time.
+        assert json.loads((folder / "a.json").read_text()) == {"results": [10]}
+        assert not (folder / "a.png").exists()
+        yield 20
+
     use(
         monkeypatch,
-        lambda: [10, 20],
+        results,
         total=lambda options: total,
         first_line=lambda options: "quick, at once",
     )
@@ -91,20 +98,6 @@ def test_without_options_nothing_is_saved(folder, monkeypatch, capsys):
     assert main(["quick"]) == 0
     assert capsys.readouterr().out == "\ntable of [10]\n"
     assert list(folder.iterdir()) == []
-
-
-def test_each_result_is_saved_at_once(folder, monkeypatch):
-    """The figure, which takes time, once at the end."""
-
-    def results():
-        yield 10
-        assert json.loads((folder / "a.json").read_text()) == {"results": [10]}
-        assert not (folder / "a.png").exists()
-        yield 20
-
-    use(monkeypatch, results)
-    assert main(["quick", *ALL_FILES]) == 0
-    assert_saved(folder, [10, 20])
 
 
 def wrapped():
