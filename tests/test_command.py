@@ -3,8 +3,6 @@
 Most tests ask it of a command that takes no time.
 """
 
-import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -18,9 +16,8 @@ import jax
 import pytest
 from tables import squeezed
 
-import adamax_jax
 from adamax_jax.__main__ import main
-from adamax_jax._lab import command, demo
+from adamax_jax._lab import bench, command, demo
 
 COMMANDS = ["demo", "bench", "study"]
 MODULE = [sys.executable, "-m", "adamax_jax"]
@@ -34,10 +31,14 @@ def use(monkeypatch, results, **changes):
 
     ``results`` is a function that returns or yields them.
     """
+
+    def add_figure(parser):
+        parser.add_argument("--figure", type=command.file_path)
+
     parts = {
         "name": "quick",
         "help": "no work",
-        "add_options": command.add_figure,
+        "add_options": add_figure,
         "needs": lambda options: {},
         "results": lambda options: iter(results()),
         "describe": lambda result: f"result {result}",
@@ -66,9 +67,16 @@ def assert_saved(folder, results):
 def test_progress_then_the_tables_and_the_files(
     total, shown, folder, monkeypatch, capsys
 ):
+    def results():
+        yield 10
+        # Each is saved at once, but the figure, which takes time.
+        assert json.loads((folder / "a.json").read_text()) == {"results": [10]}
+        assert not (folder / "a.png").exists()
+        yield 20
+
     use(
         monkeypatch,
-        lambda: [10, 20],
+        results,
         total=lambda options: total,
         first_line=lambda options: "quick, at once",
     )
@@ -90,20 +98,6 @@ def test_without_options_nothing_is_saved(folder, monkeypatch, capsys):
     assert main(["quick"]) == 0
     assert capsys.readouterr().out == "\ntable of [10]\n"
     assert list(folder.iterdir()) == []
-
-
-def test_each_result_is_saved_at_once(folder, monkeypatch):
-    """The figure, which takes time, once at the end."""
-
-    def results():
-        yield 10
-        assert json.loads((folder / "a.json").read_text()) == {"results": [10]}
-        assert not (folder / "a.png").exists()
-        yield 20
-
-    use(monkeypatch, results)
-    assert main(["quick", *ALL_FILES]) == 0
-    assert_saved(folder, [10, 20])
 
 
 def wrapped():
@@ -153,13 +147,28 @@ def test_an_interrupt_during_a_save_leaves_whole_files(folder, monkeypatch):
 def test_the_tables_are_printed_also_where_files_cannot_be_written(
     folder, monkeypatch, capsys
 ):
-    def numbers(results, options):
-        raise OSError("no space left")
+    """The work goes on, and what can be written is."""
 
-    use(monkeypatch, lambda: [10], numbers=numbers)
-    with pytest.raises(OSError, match="no space left"):
-        main(["quick", *ALL_FILES])
+    def numbers(results, options):
+        raise OSError(28, "No space left on device")
+
+    use(monkeypatch, lambda: [10, 20], numbers=numbers)
+    assert main(["quick", *ALL_FILES]) == 1
+    output, progress = capsys.readouterr()
+    assert "table of [10, 20]\n" in output
+    assert "Cannot save to a.json: No space left on device.\n" in progress
+    assert f"Saved: {(folder / 'a.png').resolve()}" in output
+    assert "a.json" not in output
+
+
+def test_an_interrupt_while_the_figure_is_drawn(folder, monkeypatch, capsys):
+    def draw(results, options):
+        raise KeyboardInterrupt
+
+    use(monkeypatch, lambda: [10], draw=draw)
+    assert main(["quick", *ALL_FILES]) == INTERRUPTED
     assert "table of [10]\n" in capsys.readouterr().out
+    assert json.loads((folder / "a.json").read_text()) == {"results": [10]}
 
 
 def test_json_has_null_for_what_is_not_finite(folder, monkeypatch):
@@ -175,24 +184,27 @@ def never():
     raise AssertionError("this must be said before the work")
 
 
-@pytest.mark.parametrize("option", FILES)
-def test_a_file_that_cannot_be_written_is_named_before_the_work(
-    option, folder, monkeypatch, capsys
+def test_files_that_cannot_be_written_are_named_before_the_work(
+    folder, monkeypatch, capsys
 ):
     use(monkeypatch, never)
-    name = FILES[option]
-    assert main(["quick", option, f"none/{name}"]) == 1
-    message = f"Cannot save to {Path('none', name)}: there is no folder none."
-    assert message in capsys.readouterr().err
-    (folder / name).mkdir()
-    assert main(["quick", option, name]) == 1
-    assert f"Cannot save to {name}: Is a directory." in capsys.readouterr().err
-
-
-def test_two_files_are_two(folder, monkeypatch, capsys):
-    use(monkeypatch, never)
+    for option, name in FILES.items():
+        assert main(["quick", option, f"none/{name}"]) == 1
+        message = f"Cannot save to {Path('none', name)}: there is no folder none."
+        assert message in capsys.readouterr().err
+        (folder / name).mkdir()
+        assert main(["quick", option, name]) == 1
+        assert f"Cannot save to {name}: Is a directory." in capsys.readouterr().err
     assert main(["quick", "--json", "a", "--markdown", "./a"]) == 1
     assert "name one file" in capsys.readouterr().err
+
+
+def test_a_path_begins_at_home_also_in_quotes(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    use(monkeypatch, lambda: [10])
+    assert main(["quick", *(word.replace("a.", "~/a.") for word in ALL_FILES)]) == 0
+    assert_saved(folder, [10])
 
 
 def test_what_a_file_held_is_kept_until_there_is_a_result(folder, monkeypatch):
@@ -207,102 +219,30 @@ def test_what_a_file_held_is_kept_until_there_is_a_result(folder, monkeypatch):
     assert (folder / "a.json").read_text() == "before"
 
 
-def test_options_that_contradict_each_other(folder, monkeypatch, capsys):
-    use(monkeypatch, never, problem=lambda options: "One of the two, please.")
-    assert main(["quick"]) == 2
-    assert capsys.readouterr() == ("", "One of the two, please.\n")
-
-
-@pytest.mark.parametrize(
-    ("is_clone", "how"),
-    [
-        (True, 'In the folder of adamax_jax:\n    pip install -e ".[demo]"'),
-        (False, ":\n    pip install flax scikit-learn"),
-    ],
-    ids=["clone", "wheel"],
-)
-def test_missing_packages_and_how_to_install_them(
-    is_clone, how, tmp_path, monkeypatch, capsys
-):
-    needs = command.FLAX | command.MATPLOTLIB | command.SKLEARN
-    use(monkeypatch, never, needs=lambda options: needs)
+@pytest.mark.parametrize("name", ["demo", "study"])
+def test_missing_packages_and_how_to_install_them(name, folder, monkeypatch, capsys):
     for module in ("flax", "sklearn"):
         monkeypatch.setitem(sys.modules, module, None)
-    module = tmp_path / "adamax_jax" / "__init__.py"
-    monkeypatch.setattr(adamax_jax, "__file__", str(module))
-    if is_clone:
-        (tmp_path / "pyproject.toml").touch()
-    assert main(["quick"]) == 1
-    message = capsys.readouterr().err
-    assert "The command quick needs flax, scikit-learn" in message
-    assert message.endswith(f"{how}\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "module", "package"),
-    [
-        (["demo"], "flax", "flax"),
-        (["demo"], "matplotlib", "matplotlib"),
-        (["study"], "sklearn", "scikit-learn"),
-        (["bench", "--figure", "a.png"], "matplotlib", "matplotlib"),
-    ],
-)
-def test_commands_say_what_they_need(
-    arguments, module, package, folder, monkeypatch, capsys
-):
-    monkeypatch.setitem(sys.modules, module, None)
-    assert main(arguments) == 1
-    message = f"The command {arguments[0]} needs {package}"
-    assert message in capsys.readouterr().err
+    assert main([name]) == 1
+    assert capsys.readouterr().err.endswith(
+        f"The command {name} needs flax, scikit-learn:\n"
+        "    pip install flax scikit-learn\n"
+    )
     assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["demo", "bench"])
-def test_figures_are_of_kinds_that_can_be_drawn(name, folder, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([name, "--figure", "a.xyz"])
-    assert exit.value.code == 2
-    message = "'a.xyz' does not end in .pdf, .png or .svg"
-    assert message in capsys.readouterr().err
-    # Goes on to the next check.
-    assert main([name, "--figure", "none/A.PNG"]) == 1
-    assert "there is no folder none" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
-def test_what_is_counted_is_a_whole_number_above_0(text):
-    assert command.positive_int("12") == 12
-    with pytest.raises(argparse.ArgumentTypeError, match="whole number above 0"):
-        command.positive_int(text)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["demo", "--optimizers", "adan"], "similar: 'adam', 'adamax'"),
-        (
-            ["demo", "--learning-rate", "unknown=1"],
-            "NAME must be one of adagrad, rmsprop",
-        ),
-        (["demo", "--learning-rate", "adam=-1"], "VALUE must be a number above 0"),
-        (["demo", "--learning-rate", "adam=fast"], "VALUE must be a number above 0"),
-        (
-            ["demo", "--learning-rate", "adam=1", "--optimizers", "sgd"],
-            "adam is not trained",
-        ),
         (["demo", "--epochs", "0"], "'0' is not a whole number above 0"),
+        (["demo", "--epochs", "1.5"], "'1.5' is not a whole number above 0"),
         (["demo", "--seed", "-1"], "'-1' is not a whole number below 2^32"),
         (["demo", "--seed", str(2**32)], "is not a whole number below 2^32"),
-        (["bench", "--max-size", "0"], "'0' is not a whole number above 0"),
-        (["bench", "--repetitions", "0"], "'0' is not a whole number above 0"),
-        (["bench", "--for", "h200"], "'h200' is none of v4, v5e"),
-        (["bench", "--for", "v5e,"], "'' is none of v4, v5e"),
-        (["bench", "--for", "v5e", "--figure", "a.png"], "--figure is for times"),
+        (["demo", "--figure", "a.xyz"], "'a.xyz' does not end in .pdf, .png or .svg"),
+        (["bench", "--for", "v5e,h200"], "'h200' is none of v4, v5e"),
         (["bench", "--for", "v5e", "--max-size", "9"], "--max-size is for times"),
-        (["study", "--tasks", "flows"], "'flows' is not one of the names"),
         (["study", "--methods", "adamax"], "'AdaMax', 'Adam'"),
-        (["study", "--rates", "best"], "'search'"),
-        (["study", "--seeds", "0"], "'0' is not a whole number above 0"),
     ],
 )
 def test_options_that_are_not_known_name_the_known(arguments, message, folder, capsys):
@@ -319,7 +259,7 @@ def test_options_that_are_not_known_name_the_known(arguments, message, folder, c
     ("name", "shown"),
     [
         ("demo", ["--figure PATH", "adamax=0.008"]),
-        ("bench", ["four minutes and 2 GB", "--for DEVICES", "torch, flashoptim-jax"]),
+        ("bench", [bench.TIME, "--for DEVICES", "torch, flashoptim-jax"]),
         ("study", ["--rates", "'transformer, warm-up'", "'memory, narrow'"]),
     ],
 )
@@ -342,24 +282,14 @@ def test_a_table_is_aligned():
     )
 
 
-def test_version(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["--version"])
-    assert exit.value.code == 0
-    version = importlib.metadata.version("adamax_jax")
-    assert capsys.readouterr().out.strip() == version
-
-
 def test_the_environment_is_this_one(monkeypatch):
     """With the settings of JAX and XLA that may change the numbers."""
     for name in [name for name in os.environ if name.startswith(("JAX_", "XLA_"))]:
         monkeypatch.delenv(name)
-    python = ".".join(map(str, sys.version_info[:3]))
-    expected = f"jax {jax.__version__} on {jax.devices()[0].device_kind}"
-    assert command.environment() == f"{expected}, Python {python}"
+    assert command.environment().startswith(f"jax {jax.__version__} on ")
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert command.environment().endswith(f"Python {python}, JAX_ENABLE_X64=1")
+    assert command.environment().endswith(", JAX_ENABLE_X64=1")
 
 
 def test_a_process_without_arguments_shows_the_commands():

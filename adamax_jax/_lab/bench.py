@@ -19,13 +19,12 @@ import argparse
 import functools
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from importlib.metadata import version
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +33,9 @@ import optax
 
 from adamax_jax._lab import compiled, shapes
 from adamax_jax._lab.command import (
-    MATPLOTLIB,
     Command,
-    add_figure,
     environment,
+    is_installed,
     positive_int,
     table,
 )
@@ -51,14 +49,14 @@ from adamax_jax._lab.contenders import (
 )
 
 WARM_UP, REPETITIONS = 1, 10
-# The contender before leaves threads spinning and memory to be freed. So each takes
-# steps that are not timed for so many seconds, before the one that is.
+# Each contender first takes steps that are not timed, for so many seconds: the one
+# before leaves threads spinning and memory to be freed.
 SETTLE = 0.01
 SIZES = (100_000, 1_600_000, 16_000_000)
 MANY = "100 arrays of 1000"
 TREES = {"a transformer's 100 arrays": shapes.transformer(), MANY: shapes.many()}
-# Distribution packages of the contenders that are measured where they are installed.
-OPTIONAL = ("torch", "flashoptim-jax")
+# Contenders that are measured where they are installed: modules and their packages.
+OPTIONAL = {"torch": "torch", "flashoptim_jax": "flashoptim-jax"}
 
 TIME = "about four minutes and 2 GB on two cores"
 # What is timed; tracing and compiling with empty caches.
@@ -97,11 +95,9 @@ class JaxRun:
         jitted = jax.jit(step, donate_argnums=(0, 1))
         self._step = jitted.lower(self._params, self._state, gradients).compile()
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state))
+        self.moved_bytes = compiled.ideal_bytes(gradients, self._state)
         analysis = self._step.memory_analysis()
         self.temporary_bytes = analysis.temp_size_in_bytes if analysis else None
-        # Read the gradient; read and write the parameter and the state.
-        parameter_bytes = sum(x.nbytes for x in jax.tree.leaves(gradients))
-        self.moved_bytes = 3 * parameter_bytes + 2 * self.state_bytes
 
     def __call__(self) -> None:
         """Takes a step and waits for it."""
@@ -156,13 +152,9 @@ class TorchRun:
             self._cuda.synchronize()
 
 
-def _optax_run(optimizer, gradients):
+def _optax_run(optimizer, gradients, dtype=jnp.float32):
+    gradients = jax.tree.map(lambda g: g.astype(dtype), gradients)
     return JaxRun(optimizer.init, optax_step(optimizer), gradients)
-
-
-def _half_run(optimizer, gradients):
-    gradients = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients)
-    return _optax_run(optimizer, gradients)
 
 
 def _flash_run(gradients):
@@ -181,33 +173,20 @@ def contenders() -> dict[str, Callable[[Tree], Any]]:
 
     A new optimizer is added to ``contenders.py``.
     """
+    flattened = optax.flatten(OPTIMIZERS["adamax float32"])
+    in_float32 = OPTIMIZERS | {"adamax float32, flattened": flattened}
     makers: dict[str, Callable[[Tree], Any]] = {"copy": CopyRun}
-    for name, optimizer in OPTIMIZERS.items():
+    for name, optimizer in in_float32.items():
         makers[name] = functools.partial(_optax_run, optimizer)
     for name, optimizer in HALF.items():
-        makers[name] = functools.partial(_half_run, optimizer)
-    flattened = optax.flatten(OPTIMIZERS["adamax float32"])
-    makers["adamax float32, flattened"] = functools.partial(_optax_run, flattened)
-    if "torch" in installed():
+        makers[name] = functools.partial(_optax_run, optimizer, dtype=jnp.bfloat16)
+    if is_installed("torch"):
         makers["torch Adamax"] = TorchRun
-    if "flashoptim-jax" in installed():
+    if is_installed("flashoptim_jax"):
         # Its kernels are for GPUs.
         fused = "fused" if jax.default_backend() == "gpu" else "not fused"
         makers[f"flashoptim-jax Adam, 8 bits, {fused}"] = _flash_run
     return makers
-
-
-def installed() -> list[str]:
-    """The optional contenders' packages that are there."""
-    return [name for name in OPTIONAL if _is_installed(name)]
-
-
-def _is_installed(package):
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 # Takes a measurement and returns its seconds.
@@ -220,16 +199,12 @@ def take_turns(
     """The seconds of both in each round, in random order within a round."""
     order = np.random.default_rng(0)
     pairs = []
-    for i in range(WARM_UP + rounds):
-        if order.random() < 0.5:
-            seconds = measure()
-            pair = seconds, reference()
-        else:
-            seconds = reference()
-            pair = measure(), seconds
-        if i >= WARM_UP:
-            pairs.append(pair)
-    return pairs
+    for _ in range(WARM_UP + rounds):
+        is_first = order.random() < 0.5
+        before = None if is_first else reference()
+        seconds = measure()
+        pairs.append((seconds, reference() if before is None else before))
+    return pairs[WARM_UP:]
 
 
 def settled(call: Callable[[], Any]) -> Measure:
@@ -246,55 +221,44 @@ def settled(call: Callable[[], Any]) -> Measure:
     return measure
 
 
-class Spread(NamedTuple):
-    """A median, and the tenth and the ninetieth percentile."""
-
-    median: float
-    low: float
-    high: float
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """The median and the percentiles of some values."""
-    low, high = np.percentile(values, [10, 90])
-    return Spread(statistics.median(values), float(low), float(high))
+# The median, and the tenth and the ninetieth percentile.
+Spread = tuple[float, float, float]
 
 
 @dataclass
 class Row:
-    """A time of one contender on one tree; bytes are those of a step."""
+    """A time of one contender on one tree."""
 
     time_of: str
     arrays: str
-    leaves: int
     parameters: int
     contender: str
     milliseconds: Spread
     # Its time relative to that of optax.adamax in the same round.
     ratio: Spread
-    # The rest is of compiled steps alone, and None where it is not known.
-    state_bytes_per_parameter: float | None = None
-    moved_bytes_per_parameter: float | None = None
-    temporary_bytes_per_parameter: float | None = None
+    # Of compiled steps alone, and None where they are not known.
+    moved_bytes: int | None
+    state_bytes: int | None
+    temporary_bytes: int | None
 
 
 def _row(time_of, name, arrays, contender, pairs, run=None):
-    parameters = sum(map(math.prod, arrays.values()))
-    per_parameter = {
-        f"{kind}_bytes_per_parameter": size / parameters
-        for kind in ("state", "moved", "temporary")
-        if run and (size := getattr(run, f"{kind}_bytes")) is not None
-    }
     return Row(
         time_of=time_of,
         arrays=name,
-        leaves=len(arrays),
-        parameters=parameters,
+        parameters=sum(map(math.prod, arrays.values())),
         contender=contender,
-        milliseconds=spread([1e3 * seconds for seconds, _ in pairs]),
-        ratio=spread([seconds / reference for seconds, reference in pairs]),
-        **per_parameter,
+        milliseconds=_spread([1e3 * seconds for seconds, _ in pairs]),
+        ratio=_spread([seconds / reference for seconds, reference in pairs]),
+        moved_bytes=run and run.moved_bytes,
+        state_bytes=run and run.state_bytes,
+        temporary_bytes=run and run.temporary_bytes,
     )
+
+
+def _spread(values):
+    median, low, high = np.percentile(values, [50, 10, 90])
+    return float(median), float(low), float(high)
 
 
 def step_rows(
@@ -325,131 +289,102 @@ def call_rows(
     """
     gradients = gradients_for(arrays)
     few = max(1, rounds // 4)
-    for time_of, measure, turns in (
-        (EAGER, _eager, rounds),
-        (TRACE, functools.partial(_compile, end=TRACE), few),
-        (COMPILE, functools.partial(_compile, end=COMPILE), few),
-    ):
-        reference = measure(OPTIMIZERS[REFERENCE], gradients)
+    for time_of, turns in ((EAGER, rounds), (TRACE, few), (COMPILE, few)):
+        reference = _call(time_of, OPTIMIZERS[REFERENCE], gradients)
         for contender in CALLED:
-            own = measure(OPTIMIZERS[contender], gradients)
+            own = _call(time_of, OPTIMIZERS[contender], gradients)
             pairs = take_turns(own, reference, turns)
             yield _row(time_of, name, arrays, contender, pairs)
 
 
-def _eager(optimizer, gradients):
-    params = jax.tree.map(jnp.ones_like, gradients)
-    state = optimizer.init(params)
-    return settled(
-        lambda: jax.block_until_ready(optimizer.update(gradients, state, params))
-    )
-
-
-def _compile(optimizer, gradients, end):
-    state = jax.eval_shape(optimizer.init, gradients)
+def _call(time_of, optimizer, gradients):
+    """Measures an update without jit, tracing, or compiling."""
+    state = optimizer.init(gradients)
+    if time_of == EAGER:
+        return settled(
+            lambda: jax.block_until_ready(optimizer.update(gradients, state, gradients))
+        )
 
     def measure():
         jax.clear_caches()
         start = time.perf_counter()
         lowered = jax.jit(optax_step(optimizer)).lower(gradients, state, gradients)
-        if end == TRACE:
-            return time.perf_counter() - start
-        start = time.perf_counter()
-        lowered.compile()
+        if time_of == COMPILE:
+            start = time.perf_counter()
+            lowered.compile()
         return time.perf_counter() - start
 
-    def without_files():
-        on_disk = jax.config.jax_enable_compilation_cache
-        jax.config.update("jax_enable_compilation_cache", False)
-        try:
-            return measure()
-        finally:
-            jax.config.update("jax_enable_compilation_cache", on_disk)
-
-    return without_files
+    return measure
 
 
-def _stages(options):
-    """The stages of a run: a function of a name, arrays and rounds, with the first two.
-
-    --max-size leaves out the trees with a larger array.
-    """
+def _trees(options):
+    """The trees by their names, but those with an array larger than --max-size."""
     largest = options.max_size or SIZES[-1]
-    sizes = [size for size in SIZES if size < largest] + [largest]
-    one = {f"one array of {size:,}": {"array": shapes.matrix(size)} for size in sizes}
-    trees = {
+    one = {
+        f"one array of {size:,}": {"array": _matrix(size)}
+        for size in sorted({*SIZES, largest})
+    }
+    return {
         name: arrays
-        for name, arrays in TREES.items()
+        for name, arrays in (one | TREES).items()
         if max(map(math.prod, arrays.values())) <= largest
     }
-    stages = [(step_rows, name, arrays) for name, arrays in (one | trees).items()]
-    if MANY in trees:
-        stages.append((call_rows, MANY, trees[MANY]))
-    return stages
+
+
+def _matrix(size):
+    """The shape of one array, in rows of 1000 where they divide it."""
+    return (size // 1000, 1000) if size % 1000 == 0 else (size,)
 
 
 def _results(options):
-    for rows, name, arrays in _stages(options):
-        yield from rows(name, arrays, options.repetitions or REPETITIONS)
+    rounds = options.repetitions or REPETITIONS
+    # Or compiling would read files of an earlier run.
+    on_disk = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        trees = _trees(options)
+        for name, arrays in trees.items():
+            yield from step_rows(name, arrays, rounds)
+        if MANY in trees:
+            yield from call_rows(MANY, trees[MANY], rounds)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", on_disk)
 
 
 def _total(options):
     """How many rows there will be, if no contender is left out."""
-    kinds = {step_rows: len(contenders()), call_rows: 3 * len(CALLED)}
-    return sum(kinds[rows] for rows, _, _ in _stages(options))
+    trees = _trees(options)
+    calls = 3 * len(CALLED) if MANY in trees else 0
+    return len(trees) * len(contenders()) + calls
 
 
 def _text(rows: Sequence[Row], options: argparse.Namespace) -> str:
-    """A table of compiled steps, and one of the other times."""
-    columns = ["arrays", "optimizer", "ms", "time / optax.adamax"]
-    columns += ["bytes moved per parameter", "GB/s", "state, bytes per parameter"]
-    columns += ["temporary, bytes per parameter"]
-    steps = [
-        [
-            row.arrays,
-            row.contender,
-            _interval(row.milliseconds),
-            _interval(row.ratio),
-            f"{row.moved_bytes_per_parameter:.1f}",
-            f"{_gigabytes_per_second(row):.1f}",
-            f"{row.state_bytes_per_parameter:.2f}",
-            "" if temporary is None else f"{temporary:.2f}",
-        ]
-        for row in rows
-        if row.time_of == STEP
-        for temporary in [row.temporary_bytes_per_parameter]
-    ]
-    calls = [
-        [
-            row.arrays,
-            row.time_of,
-            row.contender,
-            _interval(row.milliseconds),
-            _interval(row.ratio),
-        ]
-        for row in rows
-        if row.time_of != STEP
-    ]
-    tables = [table(columns, steps)]
-    if calls:
-        columns = ["arrays", "time of", "optimizer", "ms", "time / optax.adamax"]
-        tables.append(table(columns, calls))
-    return "\n\n".join([*tables, _caption(_settings(options))])
-
-
-def _gigabytes_per_second(row):
-    return (
-        row.moved_bytes_per_parameter * row.parameters / row.milliseconds.median / 1e6
+    columns = ["arrays", "time of", "optimizer", "ms", "time / optax.adamax", "GB/s"]
+    columns += [f"{x}, bytes per parameter" for x in ("moved", "state", "temporary")]
+    lines = []
+    for row in rows:
+        line = [row.arrays, row.time_of, row.contender]
+        for median, low, high in (row.milliseconds, row.ratio):
+            line.append(f"{median:.2f} ({low:.2f} to {high:.2f})")
+        moved, (milliseconds, _, _) = row.moved_bytes, row.milliseconds
+        line.append("" if moved is None else f"{moved / milliseconds / 1e6:.1f}")
+        for size in (moved, row.state_bytes, row.temporary_bytes):
+            line.append("" if size is None else f"{size / row.parameters:.2f}")
+        lines.append(line)
+    settings = _settings(options)
+    versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
+    return table(columns, lines) + (
+        f"\n\nMedians of {settings['rounds']} rounds after {WARM_UP} of warm-up (of "
+        "tracing and compiling, of a quarter), and from the tenth to the ninetieth "
+        "percentile; parameters and gradients in float32, or bfloat16 where a row "
+        f"begins with it; {settings['environment']}, {settings['cores']} cores; "
+        f"{versions}; {settings['command']}.\n"
     )
 
 
-def _interval(spread):
-    median, low, high = (f"{x:.2f}" for x in spread)
-    return f"{median} ({low} to {high})"
-
-
 def _settings(options):
-    packages = ["adamax_jax", "jax", "jaxlib", "optax", *installed()]
+    packages = ["adamax_jax", "jax", "jaxlib", "optax"]
+    packages += [OPTIONAL[module] for module in OPTIONAL if is_installed(module)]
     given = {"max-size": options.max_size, "repetitions": options.repetitions}
     given = [f" --{name} {value}" for name, value in given.items() if value]
     return {
@@ -457,70 +392,8 @@ def _settings(options):
         "versions": {package: version(package) for package in packages},
         "cores": os.cpu_count(),
         "rounds": options.repetitions or REPETITIONS,
-        "warm_up_rounds": WARM_UP,
         "command": f"python -m adamax_jax bench{''.join(given)}",
     }
-
-
-def _caption(settings):
-    versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
-    return (
-        f"Medians of {settings['rounds']} rounds after {settings['warm_up_rounds']} of "
-        "warm-up (of tracing and compiling, of a quarter), and from the tenth to the "
-        "ninetieth percentile; parameters and gradients in float32, or bfloat16 where "
-        "a row begins with it; "
-        f"{settings['environment']}, {settings['cores']} cores; {versions}; "
-        f"{settings['command']}.\n"
-    )
-
-
-# The contenders of the figure. Okabe and Ito's colours, which colour-blind readers can
-# tell apart.
-COLORS = {
-    REFERENCE: "#000000",
-    "optax.adam": "#0072B2",
-    "adamax float32": "#D55E00",
-    "adamax int8/uint8": "#E69F00",
-    "adam int8/uint8": "#009E73",
-}
-
-
-def _draw(rows: Sequence[Row], options: argparse.Namespace) -> None:
-    """Times relative to optax.adamax, a line for each optimizer; and bytes of state."""
-    from matplotlib.figure import Figure
-
-    steps = [r for r in rows if r.time_of == STEP and r.contender in COLORS]
-    names = list(dict.fromkeys(row.arrays for row in steps))
-    figure = Figure(figsize=(10, 1.5 + 0.9 * len(names)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    for i, (contender, color) in enumerate(COLORS.items()):
-        group = [row for row in steps if row.contender == contender]
-        if not group:
-            continue
-        # Side by side, so that no contender hides another.
-        places = [names.index(row.arrays) + 0.14 * (i - 2) for row in group]
-        median, low, high = np.array([row.ratio for row in group]).T
-        left.errorbar(
-            median,
-            places,
-            xerr=(median - low, high - median),
-            fmt="o",
-            color=color,
-        )
-        state = group[0].state_bytes_per_parameter
-        right.barh(contender, state, color=color)
-        right.text(state, contender, f" {state:.0f}", va="center")
-    left.axvline(1, color="0.7", lw=1, zorder=0)
-    left.set_yticks(range(len(names)), names)
-    left.set_xlim(0, None)
-    left.set_xlabel("time of a step, relative to optax.adamax")
-    right.set_xlabel("bytes of state\nper parameter")
-    right.set_xlim(0, 10)
-    for axes in (left, right):
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(_caption(_settings(options)), fontsize=7, color="0.4", wrap=True)
-    figure.savefig(options.figure, dpi=150)
 
 
 def _add_options(parser):
@@ -536,7 +409,6 @@ def _add_options(parser):
         metavar="N",
         help=f"rounds of which the medians are taken (default: {REPETITIONS})",
     )
-    add_figure(parser)
     parser.add_argument(
         "--for",
         dest="targets",
@@ -561,12 +433,11 @@ COMMAND = Command(
     name="bench",
     help="measure what an update costs, beside other optimizers",
     description=(__doc__ or "").replace("TIME", TIME),
-    epilog="Measured where installed: " + ", ".join(OPTIONAL) + ".",
+    epilog="Measured where installed: " + ", ".join(OPTIONAL.values()) + ".",
     add_options=_add_options,
     first_line=lambda options: (
         f"{_total(options)} rows, {TIME} at the default sizes. Making arrays ..."
     ),
-    needs=lambda options: MATPLOTLIB if options.figure else {},
     total=_total,
     results=_results,
     describe=lambda row: f"{row.arrays}, {row.time_of}, {row.contender}",
@@ -574,6 +445,5 @@ COMMAND = Command(
     numbers=lambda rows, options: (
         _settings(options) | {"rows": [asdict(row) for row in rows]}
     ),
-    draw=_draw,
     variant=lambda options: compiled.COMMAND if options.targets else None,
 )

@@ -6,6 +6,7 @@ results one after the other, and how they are shown.
 
 import argparse
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -20,11 +21,8 @@ from typing import Any
 
 import jax
 
-import adamax_jax
-
 # Columns of the help.
 WIDTH = 79
-FIGURES = (".pdf", ".png", ".svg")
 # Modules that commands import, and the packages that have them.
 FLAX = {"flax": "flax"}
 MATPLOTLIB = {"matplotlib": "matplotlib"}
@@ -44,15 +42,13 @@ class Command:
     first_line: Callable[[Options], str | None] = lambda options: None
     # Modules that the command imports, with the packages that have them.
     needs: Callable[[Options], Mapping[str, str]] = lambda options: {}
-    # The extra of pyproject.toml with these packages.
-    extra: str = "demo"
     # How many results there will be, if that is known.
     total: Callable[[Options], int | None] = lambda options: None
     # Yields one result after the other.
     results: Callable[[Options], Iterator[Any]]
     # Describes a result in one line of progress.
     describe: Callable[[Any], str]
-    # The tables of the results so far, and their caption.
+    # The tables of the results, and their caption.
     text: Callable[[Sequence[Any], Options], str]
     # All numbers, for --json.
     numbers: Callable[[Sequence[Any], Options], Mapping[str, Any]]
@@ -79,10 +75,10 @@ def add_parser(commands: Any, command: Command) -> None:
     )
     command.add_options(parser)
     parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="where to save all numbers"
+        "--json", type=file_path, metavar="PATH", help="where to save all numbers"
     )
     parser.add_argument(
-        "--markdown", type=Path, metavar="PATH", help="where to save the table"
+        "--markdown", type=file_path, metavar="PATH", help="where to save the table"
     )
     parser.set_defaults(command=command)
 
@@ -90,15 +86,14 @@ def add_parser(commands: Any, command: Command) -> None:
 def run(command: Command, options: Options) -> int:
     """Saves after each result, prints the tables at the end; returns the exit status.
 
-    What was measured before an error is printed and saved as well.
+    What was measured before an error or Ctrl-C is printed and saved as well.
     """
     command = command.variant(options) or command
-    paths = [options.json, options.markdown, vars(options).get("figure")]
-    paths = [path for path in paths if path is not None]
+    files = _files(command, options)
     if problem := command.problem(options):
         print(problem, file=sys.stderr)
         return 2
-    if problem := _unwritable(paths):
+    if problem := _unwritable([path for path, _ in files]):
         print(problem, file=sys.stderr)
         return 1
     if line := command.first_line(options):
@@ -107,6 +102,8 @@ def run(command: Command, options: Options) -> int:
         print(problem, file=sys.stderr)
         return 1
     total = command.total(options)
+    # A figure takes long to draw.
+    often = [file for file in files if file[1] is not command.draw]
     results: list[Any] = []
     status = 0
     try:
@@ -116,37 +113,50 @@ def run(command: Command, options: Options) -> int:
                 results.append(result)
                 progress = f"{len(results)}/{total}" if total else f"{len(results):>4}"
                 print(f"{progress}  {command.describe(result)}", file=sys.stderr)
-                _save(command, results, options)
+                _save(often, results, options)
     except BaseException as error:
         if not _is_interrupt(error):
             raise
         status = 130
     finally:
         if results:
-            _finish(command, results, options, paths)
+            # Before the files: an error or Ctrl-C may come while they are saved.
+            print("\n" + command.text(results, options), end="", flush=True)
+            saved = _save(files, results, options)
+            for path in saved:
+                print(f"Saved: {path.resolve()}")
+            status = status or int(len(saved) < len(files))
     return status
 
 
-def _finish(command, results, options, paths):
-    """Prints the tables, draws the figure, and saves all once more.
+def _files(command, options):
+    """The paths of the files to save, each with the function that writes it."""
 
-    An interrupt may have come during the last save, and files may be impossible to
-    write: the tables come first.
-    """
-    print("\n" + command.text(results, options), end="", flush=True)
-    if command.draw is not None and options.figure is not None:
-        command.draw(results, options)
-    _save(command, results, options)
-    for path in paths:
-        print(f"Saved: {path.resolve()}")
-
-
-def _save(command, results, options):
-    if options.json is not None:
+    def write_numbers(results, options):
         numbers = _finite_or_none(command.numbers(results, options))
         options.json.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
-    if options.markdown is not None:
+
+    def write_text(results, options):
         options.markdown.write_text(command.text(results, options), encoding="utf-8")
+
+    write = {"json": write_numbers, "markdown": write_text, "figure": command.draw}
+    given = {name: vars(options).get(name) for name in write}
+    return [(path, write[name]) for name, path in given.items() if path is not None]
+
+
+def _save(files, results, options):
+    """Writes files, and says which cannot be written; returns the paths of the others.
+
+    After an error the work goes on: the tables will be printed.
+    """
+    saved = []
+    for path, write in files:
+        try:
+            write(results, options)
+            saved.append(path)
+        except OSError as error:
+            print(f"Cannot save to {path}: {error.strerror or error}.", file=sys.stderr)
+    return saved
 
 
 def _unwritable(paths):
@@ -166,28 +176,25 @@ def _unwritable(paths):
     return None
 
 
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        # The package that the module is in is not there.
+        return False
+
+
 def _missing(command, options):
     """Says which packages to install and how, or returns None."""
     needed = command.needs(options)
-    missing = [package for module, package in needed.items() if not _can_import(module)]
+    missing = {needed[module]: 0 for module in needed if not is_installed(module)}
     if not missing:
         return None
-    packages = list(dict.fromkeys(missing))
-    needs = f"The command {command.name} needs {', '.join(packages)}"
-    folder = Path(adamax_jax.__file__).parent.parent
-    if (folder / "pyproject.toml").exists():
-        install = f'pip install -e ".[{command.extra}]"'
-        return f"{needs}. In the folder of adamax_jax:\n    {install}"
-    # Installed from a wheel, which pip may not find by its name.
-    return f"{needs}:\n    pip install {shlex.join(packages)}"
-
-
-def _can_import(module):
-    try:
-        __import__(module)
-    except ImportError:
-        return False
-    return True
+    return (
+        f"The command {command.name} needs {', '.join(missing)}:\n"
+        f"    pip install {shlex.join(missing)}"
+    )
 
 
 def _is_interrupt(error):
@@ -206,32 +213,16 @@ def _finite_or_none(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def file_path(text: str) -> Path:
+    """The type of an option that names a file; a shell leaves quoted ~ to it."""
+    return Path(os.path.expanduser(text))
+
+
 def positive_int(text: str) -> int:
     """The type of an option that counts something."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
-
-
-def add_figure(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
-    """Adds the option --figure."""
-    parser.add_argument(
-        "--figure",
-        type=_figure_path,
-        default=default,
-        metavar="PATH",
-        help="where to save the figure"
-        + (" (default: %(default)s)" if default else ""),
-    )
-
-
-def _figure_path(text):
-    path = Path(text)
-    if path.suffix.lower() not in FIGURES:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} does not end in {', '.join(FIGURES[:-1])} or {FIGURES[-1]}"
-        )
-    return path
 
 
 def add_names(

@@ -1,45 +1,42 @@
 """``bench --for DEVICES``: what a step moves on devices that are not there.
 
-JAX compiles for TPUs and GPUs without having them. The programs are read, not run:
-kernels, the bytes that they move in device memory, temporary memory, collectives.
+JAX compiles for TPUs and GPUs without having them. The programs are read, not run.
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
+import contextlib
 import math
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import SingleDeviceSharding
 
-from adamax_jax._lab.command import Command, table
+from adamax_jax._lab.command import Command, is_installed, table
 from adamax_jax._lab.contenders import HALF, OPTIMIZERS, REFERENCE, optax_step
-from adamax_jax._lab.scale import AXIS, Divided, ideal_bytes, sharded
-from adamax_jax._lab.shapes import Shape
 
-# One array that does not fit on the chip, where compilers keep smaller ones.
-MATRIX = {"matrix": (2**14, 2**13)}
+# A matrix that does not fit on the chip, where compilers keep smaller arrays.
+MATRIX = (2**14, 2**13)
 
-# Modules that compile, and the packages that have them. The last is ptxas' folder.
+# Modules that compile, and the packages that have them. The last has ptxas.
 TPU = {"libtpu": "libtpu"}
 CUDA = {
     "jax_plugins.xla_cuda13": "jax[cuda13-local]",
     "jax_cuda13_plugin": "jax[cuda13-local]",
     "nvidia.cu13.bin": "nvidia-cuda-nvcc",
 }
-VERSIONS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
-# libtpu where there is no TPU: does not ask the cloud which TPU this machine is, does
-# not wait for another process, and has a host and a type to report.
+VERSIONS = ("adamax_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
+VERSIONS += ("nvidia-cuda-nvcc",)
+# Without a TPU, libtpu must not ask the cloud which TPU this machine is, nor wait for
+# another process, and needs a host and a type to report.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -61,41 +58,26 @@ gpu_device_info {
 }
 platform_name: "CUDA"
 """
-# The platform and four devices or more on one host.
+# The topologies of four devices that are compiled for.
 TARGETS = {
-    "v4": ("tpu", "v4:2x2x1"),
-    "v5e": ("tpu", "v5e:2x2"),
-    "v5p": ("tpu", "v5p:2x2x1"),
-    "v6e": ("tpu", "v6e:2x2"),
-    "tpu7x": ("tpu", "tpu7x:2x2x1"),
-    "h100": ("cuda", "h100"),
-}
-# jaxlib cannot print the instructions of a TPU7x's SparseCores.
-_OPTIONS = {
-    "tpu7x": {"xla_tpu_enable_sparse_core_collective_offload_all_gather": False}
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+    "h100": "1x1x4",
 }
 
 
 def needs(targets: Iterable[str]) -> dict[str, str]:
     """The modules that compile for some devices, with the packages that have them."""
-    return {
-        module: package
-        for target in targets
-        for module, package in (CUDA if TARGETS[target][0] == "cuda" else TPU).items()
-    }
+    needed = [CUDA if target == "h100" else TPU for target in targets]
+    return {module: package for each in needed for module, package in each.items()}
 
 
 def missing(targets: Iterable[str]) -> list[str]:
-    """The modules that compile for some devices and cannot be imported."""
-    return [module for module in needs(targets) if not _is_there(module)]
-
-
-def _is_there(module):
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        # Raised for a package that the module is in.
-        return False
+    """The modules that compile for some devices and are not installed."""
+    return [module for module in needs(targets) if not is_installed(module)]
 
 
 def devices(target: str) -> list[Any]:
@@ -103,195 +85,112 @@ def devices(target: str) -> list[Any]:
 
     JAX is left on the CPU, unless it was told where to run: it would try the plugins of
     the devices that are not there.
-
-    Raises:
-      ImportError: If what compiles for the device is not installed.
     """
-    if absent := missing([target]):
-        raise ImportError(
-            f"To compile for {target}, {', '.join(absent)} must be there to import: "
-            "pip install 'adamax_jax[aot]'"
-        )
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    platform, topology = TARGETS[target]
-    options = {"topology": "1x1x4", "target_config": _H100} if target == "h100" else {}
-    description = topologies.get_topology_desc(topology, platform, **options)
-    return list(description.devices)
+    if target == "h100":
+        platform, options = (
+            "cuda",
+            {"topology": TARGETS[target], "target_config": _H100},
+        )
+    else:
+        platform, options = "tpu", {}
+    return list(
+        topologies.get_topology_desc(TARGETS[target], platform, **options).devices
+    )
 
 
-class Contender(NamedTuple):
-    """An optimizer and what it works on; several devices are for the tests."""
-
-    optimizer: optax.GradientTransformation
-    # The dtype of parameters and gradients.
-    dtype: Any = jnp.float32
-    devices: int = 1
-    divided: Divided = "ZeRO-1"
-
-
-def contenders() -> dict[str, Contender]:
-    """The rows of the table; "bfloat16: " begins those of bfloat16 parameters."""
+def contenders() -> Mapping[str, tuple[optax.GradientTransformation, Any]]:
+    """The optimizers, with the dtype of the parameters and gradients of each."""
     half = HALF | {
         f"bfloat16: {name}": OPTIMIZERS[name]
         for name in ("adamax bfloat16/bfloat16", "adamax int8/uint8")
     }
-    return {name: Contender(optimizer) for name, optimizer in OPTIMIZERS.items()} | {
-        name: Contender(optimizer, jnp.bfloat16) for name, optimizer in half.items()
-    }
+    in_float32 = {name: (each, jnp.float32) for name, each in OPTIMIZERS.items()}
+    return in_float32 | {name: (each, jnp.bfloat16) for name, each in half.items()}
 
 
 def reference_of(name: str) -> str:
-    """The row that another one is compared to."""
+    """The row that another one is compared to: that of parameters in its dtype."""
     start, colon, _ = name.rpartition(": ")
     return start + colon + REFERENCE
 
 
 def compile_step(
-    contender: Contender, target: str, arrays: Mapping[str, Shape] = MATRIX
-) -> tuple[Any, int]:
-    """Compiles a step; returns it and the fewest bytes that it can move."""
-    mesh = Mesh(
-        np.array(devices(target)[: contender.devices]),
-        (AXIS,),
-        axis_types=(AxisType.Auto,),
-    )
-    optimizer, dtype, count, divided = contender
-    params, state = trees = sharded(optimizer, arrays, dtype, mesh, divided)
+    optimizer: optax.GradientTransformation, params: Any, state: Any
+) -> Any:
+    """Compiles a step for the devices of the parameters and the state, as shapes."""
     step = jax.jit(
         optax_step(optimizer),
         donate_argnums=(0, 1),
-        out_shardings=jax.tree.map(lambda x: x.sharding, trees),
+        out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)),
     )
-    executable = step.lower(*trees, params).compile(_OPTIONS.get(target, {}))
-    return executable, ideal_bytes(params, state, divided, count)
+    return step.lower(params, state, params).compile()
 
 
-# An instruction of optimized HLO, the text of a compiled program: the name, the shape,
-# the opcode and the rest, which names operands and the computation that it calls.
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*?[\]})]) ([a-z][\w-]*)\((.*)")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.M | re.S)
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-_NAMES = re.compile(r"%([\w.-]+)")
-_ATTRIBUTES = re.compile(r"(?:calls|to_apply|control-predecessors)=(?:\{[^}]*\}|\S+)")
-# Another name for an array that exists, or no work on arrays.
-_FREE = re.compile(
-    "parameter|constant|tuple|get-tuple-element|bitcast|after-all|partition-id"
-    "|replica-id|.*-done|async-update"
-)
-# Copies to and from the chip, which run beside the kernels.
-_COPY = re.compile("copy-start|slice-start")
-_COLLECTIVE = re.compile(
-    "(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-    "(-start|-done)?"
-)
-_CALLED = re.compile(r"(?:calls|to_apply)=%([\w.-]+)")
-# Instructions that may read a part of an operand: the bytes are not known here.
-_PARTS = re.compile(
-    r" (?:slice|slice-start|dynamic-slice|dynamic-update-slice|gather|scatter"
-    r"|while|conditional|custom-call)\("
-)
+def on_device(target: str, tree: Any) -> Any:
+    """The shapes of a tree, on one device of a kind."""
+    sharding = SingleDeviceSharding(devices(target)[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
 
 
-class Kernel(NamedTuple):
-    """An instruction on arrays. It reads each operand and writes each result once."""
+def ideal_bytes(params: Any, state: Any) -> int:
+    """The fewest bytes that a step can move, but for scalars.
 
-    opcode: str
-    # NaN where the kernel may read a part of an operand.
-    read_bytes: float
-    written_bytes: int
-
-
-class Program(NamedTuple):
-    """What a compiled program does in one step on one device."""
-
-    kernels: list[Kernel]
-    copies: list[Kernel]
-    # The bytes of the results of each kind of collective.
-    collectives: dict[str, int]
-
-    @property
-    def moved_bytes(self) -> float:
-        """The bytes that are read and written in device memory; NaN: unknown."""
-        moves = self.kernels + self.copies
-        return sum(move.read_bytes + move.written_bytes for move in moves)
-
-
-def read(text: str) -> Program:
-    """Reads a compiled program: ``executable.as_text()``."""
-    computations = dict(_COMPUTATION.findall(re.sub(r"/\*.*?\*/", "", text)))
-    entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.M)
-    if entry is None:
-        raise ValueError("The text is not HLO: no computation begins with ENTRY.")
-    program = Program([], [], {})
-    _add(entry[1], computations, program)
-    return program
-
-
-def _add(name, computations, program):
-    """Adds the instructions of a computation, and of those that it calls."""
-    shapes, origins = {}, {}
-    for line in computations[name].splitlines():
-        match = _INSTRUCTION.match(line)
-        if match is None:
-            raise ValueError(f"Not an instruction of HLO: {line.strip()}")
-        result, shape, opcode, rest = match.groups()
-        shapes[result] = shape
-        operands = [n for n in _NAMES.findall(_ATTRIBUTES.sub("", rest)) if n in shapes]
-        # A bitcast gives an array another shape: both are one array.
-        origins[result] = origins[operands[0]] if opcode == "bitcast" else result
-        if opcode == "call":
-            _add(_CALLED.findall(rest)[0], computations, program)
-        elif collective := _COLLECTIVE.fullmatch(opcode):
-            # A pair of start and done is counted where the result is.
-            kind, end = collective.groups()
-            size = 0 if end == "-start" else sum(_sizes(shape))
-            program.collectives[kind] = program.collectives.get(kind, 0) + size
-        elif _FREE.fullmatch(opcode) or not any(
-            # Single numbers, as the step count, take no kernel of their own.
-            _sizes(shapes[n])
-            for n in [result, *operands]
-        ):
-            continue
-        else:
-            reads = {origins[n]: _bytes(shapes[origins[n]]) for n in operands}
-            in_part = _PARTS.search(_with_fused(line, computations))
-            read = math.nan if in_part else sum(reads.values())
-            is_copy = _COPY.fullmatch(opcode)
-            # The result of a copy names what it writes and what it reads.
-            written = _bytes(next(_ARRAY.finditer(shape))[0] if is_copy else shape)
-            moves = program.copies if is_copy else program.kernels
-            moves.append(Kernel(opcode, read, written))
-
-
-def _with_fused(text, computations):
-    """An instruction with the computations that are fused in it."""
-    called = [computations[name] for name in _CALLED.findall(text)]
-    return "\n".join([text, *(_with_fused(each, computations) for each in called)])
-
-
-def _sizes(shape, on_chip=True):
-    """The bytes of the arrays in a shape, without scalars.
-
-    Arrays in other memory spaces than that of the device, 0, are on the chip.
+    It reads the gradient once, and reads and writes the parameters and the state once.
     """
-    return [
-        math.prod(sizes) * _itemsize(dtype)
-        for dtype, dims, layout in _ARRAY.findall(shape)
-        if (sizes := [int(n) for n in dims.split(",") if n]) and math.prod(sizes) > 1
-        if on_chip or "S(" not in layout
-    ]
+    return 3 * _bytes_of(params) + 2 * _bytes_of(state)
 
 
-def _bytes(shape):
-    return sum(_sizes(shape, on_chip=False))
+def _bytes_of(tree):
+    leaves = jax.tree.leaves(tree)
+    return sum(x.size * x.dtype.itemsize for x in leaves if x.size > 1)
 
 
-def _itemsize(dtype):
-    bits = re.search(r"\d+", dtype)
-    return int(bits[0]) // 8 if bits else 1
+# An instruction of a compiled program: its name, the shape of the result, the opcode
+# and the operands.
+_INSTRUCTION = re.compile(r"%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)")
+# The bits of a number, and the sizes of an array, which a scalar has none of.
+_ARRAY = re.compile(r"[a-z]+(\d*)\w*\[([\d,]+)\]")
+# Instructions that name an array or copy it to the chip, beside the kernels.
+_NO_KERNEL = re.compile("parameter|constant|(get-)?tuple(-element)?|bitcast|copy-.*")
+# Instructions, also within kernels, that may read only a part of their operands.
+_UNKNOWN = re.compile(
+    r" (call|while|conditional|custom-call|gather|scatter|slice|dynamic-\w*-?slice)\("
+)
+
+
+def bytes_of_kernels(text: str) -> list[int]:
+    """The bytes that each kernel of a compiled program moves in the device's memory.
+
+    A kernel reads each operand and writes each result once. JAX's ``cost_analysis``
+    has these bytes for TPUs, but not for GPUs: they are read from
+    ``executable.as_text()``.
+
+    Raises:
+      ValueError: If an instruction may read only a part of its operands.
+    """
+    if unknown := _UNKNOWN.search(text):
+        raise ValueError(f"It is not known how many bytes a {unknown[1]} moves.")
+    sizes: dict[str, int] = {}
+    kernels = []
+    for name, shape, opcode, operands in _INSTRUCTION.findall(
+        text.split("\nENTRY ")[1]
+    ):
+        sizes[name] = sum(
+            math.prod(map(int, dims.split(","))) * int(bits or 8) // 8
+            for bits, dims in _ARRAY.findall(shape)
+        )
+        inputs = set(re.findall(r"%([\w.-]+)", operands))
+        moved = sizes[name] + sum(sizes[operand] for operand in inputs)
+        # Instructions on scalars take no kernel of their own.
+        if moved and not _NO_KERNEL.fullmatch(opcode):
+            kernels.append(moved)
+    return kernels
 
 
 @dataclass
@@ -311,12 +210,16 @@ class CompiledRow:
 
 def measure(targets: Sequence[str]) -> Iterator[CompiledRow]:
     """Compiles for one device and contender after the other."""
-    parameters = sum(map(math.prod, MATRIX.values()))
+    parameters = math.prod(MATRIX)
     for target in targets:
-        moved: dict[str, float] = {}
-        for name, contender in contenders().items():
+        moved: dict[str, int] = {}
+        for name, (optimizer, dtype) in contenders().items():
             try:
-                executable, ideal = compile_step(contender, target)
+                params = jax.ShapeDtypeStruct(MATRIX, dtype)
+                state = jax.eval_shape(optimizer.init, params)
+                params, state = on_device(target, (params, state))
+                executable = compile_step(optimizer, params, state)
+                kernels = bytes_of_kernels(executable.as_text())
             except Exception as error:
                 if name == reference_of(name):
                     raise
@@ -324,16 +227,15 @@ def measure(targets: Sequence[str]) -> Iterator[CompiledRow]:
                 why = str(error).partition("\n")[0]
                 print(f"left out: {target}, {name}: {why}", file=sys.stderr)
                 continue
-            program = read(executable.as_text())
-            moved[name] = program.moved_bytes
+            moved[name] = sum(kernels)
             temporary = executable.memory_analysis().temp_size_in_bytes
             yield CompiledRow(
                 device=target,
                 contender=name,
-                kernels=len(program.kernels),
+                kernels=len(kernels),
                 moved_bytes_per_parameter=moved[name] / parameters,
                 ratio=moved[name] / moved[reference_of(name)],
-                ratio_to_ideal=moved[name] / ideal,
+                ratio_to_ideal=moved[name] / ideal_bytes(params, state),
                 temporary_bytes_per_parameter=temporary / parameters,
             )
 
@@ -354,11 +256,10 @@ def _text(rows: Sequence[CompiledRow], options: argparse.Namespace) -> str:
         for row in rows
     ]
     settings = _settings(options)
-    (shape,) = settings["arrays"].values()
     versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     return table(columns, cells) + (
-        "\n\nCompiled, not run: nothing here is a time. A step on one array of "
-        f"{' x '.join(map(str, shape))} parameters, in float32 with such gradients, or "
+        f"\n\nCompiled, not run: nothing here is a time. A step on {MATRIX[0]} x "
+        f"{MATRIX[1]} parameters, in float32 with such gradients, or "
         "in bfloat16 where a row begins with it. Ideal is to read the gradient once, "
         "and to read and write parameters and state once; optax.adamax is that of the "
         f"same parameters. {versions}; {settings['command']}.\n"
@@ -366,37 +267,29 @@ def _text(rows: Sequence[CompiledRow], options: argparse.Namespace) -> str:
 
 
 def _settings(options):
+    versions = {}
+    for package in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {
         "compiled_not_run": True,
-        "versions": {p: v for p in ("adamax_jax", *VERSIONS) if (v := _version(p))},
-        "arrays": {name: list(shape) for name, shape in MATRIX.items()},
+        "versions": versions,
+        "shape": MATRIX,
         "command": f"python -m adamax_jax bench --for {','.join(options.targets)}",
     }
 
 
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _problem(options):
-    given = {
-        "--figure": options.figure,
-        "--max-size": options.max_size,
-        "--repetitions": options.repetitions,
-    }
-    for name, value in given.items():
-        if value is not None:
-            return f"{name} is for times, and --for measures none: leave one out."
+    for name in ("max_size", "repetitions"):
+        if vars(options)[name] is not None:
+            option = "--" + name.replace("_", "-")
+            return f"{option} is for times, and --for measures none: leave one out."
     return None
 
 
 COMMAND = Command(
     name="bench",
     needs=lambda options: needs(options.targets),
-    extra="aot",
     total=lambda options: len(options.targets) * len(contenders()),
     results=lambda options: measure(options.targets),
     describe=lambda row: f"{row.device}, {row.contender}",

@@ -23,9 +23,9 @@ from adamax_jax._lab.command import (
     MATPLOTLIB,
     SKLEARN,
     Command,
-    add_figure,
     add_names,
     environment,
+    file_path,
     positive_int,
     table,
 )
@@ -138,20 +138,18 @@ def _add_options(parser):
         help="listed below (default: all)",
     )
     parser.add_argument(
-        "--learning-rate",
-        action="append",
-        type=_learning_rate,
-        default=[],
-        metavar="NAME=VALUE",
-        help="another learning rate for one optimizer; may be repeated",
-    )
-    parser.add_argument(
         "--sweep",
         action="store_true",
         help="train each at 1/8 to 8 times its learning rate, in steps of 2, and draw "
         "its best",
     )
-    add_figure(parser, default=Path("adamax_demo.png"))
+    parser.add_argument(
+        "--figure",
+        type=_figure_path,
+        default=Path("adamax_demo.png"),
+        metavar="PATH",
+        help="where to save the figure (default: %(default)s)",
+    )
 
 
 def _seed(text: str) -> int:
@@ -160,24 +158,14 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _learning_rate(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    if name not in CONTENDERS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: NAME must be one of {', '.join(CONTENDERS)}"
-        )
-    try:
-        rate = float(value)
-    except ValueError:
-        rate = math.nan
-    if not 0 < rate < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: VALUE must be a number above 0")
-    return name, rate
+def _figure_path(text: str) -> Path:
+    path = file_path(text)
+    if path.suffix.lower() not in (".pdf", ".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .pdf, .png or .svg")
+    return path
 
 
 def _results(options: argparse.Namespace) -> Iterator[Run]:
-    rates = {name: c.learning_rate for name, c in CONTENDERS.items()}
-    rates |= dict(options.learning_rate)
     task = TASKS[TASK]
     problem = task.make()
     examples = len(jax.tree.leaves(problem.examples)[0])
@@ -185,7 +173,7 @@ def _results(options: argparse.Namespace) -> Iterator[Run]:
     for name in dict.fromkeys(options.optimizers):
         trainer = Trainer(problem, task, CONTENDERS[name].optimizer, steps)
         for factor in SWEEP if options.sweep else (1,):
-            rate = float(f"{factor * rates[name]:.4g}")
+            rate = float(f"{factor * CONTENDERS[name].learning_rate:.4g}")
             yield trainer.run(TASK, name, rate, options.seed)
 
 
@@ -197,26 +185,14 @@ def _first_line(options):
     return f"{_total(options)} trainings of 2 to 8 seconds each. Loading Flax ..."
 
 
-def _problem(options):
-    for name, rate in options.learning_rate:
-        if name not in options.optimizers:
-            return (
-                f"--learning-rate {name}={rate:g}: {name} is not trained; --optimizers "
-                f"names {', '.join(options.optimizers)}."
-            )
-    return None
-
-
 def _best(runs, epochs):
     """The run of each optimizer that ends with the least cost."""
-    groups = {}
-    for run in runs:
-        cost = final_cost(run, epochs)
-        diverged = not math.isfinite(cost)
-        groups.setdefault(run.method, []).append((diverged, cost, run))
-    return {
-        name: min(group, key=lambda item: item[:2])[2] for name, group in groups.items()
-    }
+
+    def cost(run):
+        return np.nan_to_num(final_cost(run, epochs), nan=math.inf)
+
+    # The last one of each optimizer remains.
+    return {run.method: run for run in sorted(runs, key=cost, reverse=True)}
 
 
 def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
@@ -238,18 +214,12 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     return table(columns, rows) + (
         "\n\nTraining cost: mean cross-entropy with dropout, in nats, over the last "
         f"{min(FINAL_PASSES, options.epochs)} of {options.epochs} passes. Bytes are "
-        f"those of the optimizer's state. {environment()}.\n"
-        + _about_rates(options)
-        + f"One seed ({options.seed}) of a small problem: not a ranking. "
+        "those of the optimizer's state. Default learning rates are the best for "
+        f"{EPOCHS} passes. {environment()}.\n"
+        f"One seed ({options.seed}) of a small problem: not a ranking. "
         "`python -m adamax_jax study` compares with\nfive seeds. What to choose: "
         "README.md, and notebooks/choosing.md.\n"
     )
-
-
-def _about_rates(options):
-    if options.epochs == EPOCHS or options.sweep:
-        return ""
-    return f"The default learning rates are the best for {EPOCHS} passes.\n"
 
 
 def _bytes_of(run):
@@ -281,13 +251,9 @@ def _draw(runs: Sequence[Run], options: argparse.Namespace) -> None:
 
     best = _best(runs, options.epochs)
     panels = {
-        title: [name for name in names if name in best]
+        title: trained
         for title, names in PANELS.items()
-    }
-    panels = {
-        title: names
-        for title, names in panels.items()
-        if names and not any(set(names) < set(others) for others in panels.values())
+        if (trained := [name for name in names if name in best])
     }
     figure = Figure(figsize=(6 * len(panels), 5.6), layout="constrained")
     rows = figure.subplots(1, len(panels), sharey=True, squeeze=False)
@@ -342,7 +308,6 @@ COMMAND = Command(
     epilog="default learning rates, the best of --sweep:"
     + "".join(f"\n  {name}={c.learning_rate}" for name, c in CONTENDERS.items()),
     add_options=_add_options,
-    problem=_problem,
     needs=lambda options: FLAX | SKLEARN | MATPLOTLIB,
     total=_total,
     first_line=_first_line,

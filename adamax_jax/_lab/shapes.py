@@ -1,4 +1,4 @@
-"""The shapes of the arrays of well-known models, for measurements."""
+"""Shapes of arrays, for measurements."""
 
 Shape = tuple[int, ...]
 
@@ -26,43 +26,6 @@ def transformer(
     return shapes | {"norm.scale": (width,), "norm.bias": (width,)}
 
 
-def llama2(
-    layers: int = 32,
-    width: int = 4_096,
-    hidden: int = 11_008,
-    keys: int = 4_096,
-    vocabulary: int = 32_000,
-) -> dict[str, Shape]:
-    """Llama 2 (Touvron et al., 2023): 291 arrays, 6,738,415,616 numbers.
-
-    ``keys`` is the width of all keys together, and that of all values.
-    """
-    shapes = {"tokens": (vocabulary, width)}
-    for i in range(layers):
-        shapes |= {
-            f"{i}.attention.norm.scale": (width,),
-            f"{i}.attention.query.kernel": (width, width),
-            f"{i}.attention.key.kernel": (width, keys),
-            f"{i}.attention.value.kernel": (width, keys),
-            f"{i}.attention.out.kernel": (width, width),
-            f"{i}.mlp.norm.scale": (width,),
-            f"{i}.mlp.gate.kernel": (width, hidden),
-            f"{i}.mlp.in.kernel": (width, hidden),
-            f"{i}.mlp.out.kernel": (hidden, width),
-        }
-    return shapes | {"norm.scale": (width,), "head.kernel": (width, vocabulary)}
-
-
-def llama2_70b() -> dict[str, Shape]:
-    """Its largest, whose heads share keys: 723 arrays, 68,976,648,192 numbers."""
-    return llama2(layers=80, width=8_192, hidden=28_672, keys=1_024)
-
-
 def many(leaves: int = 100, size: int = 1_000) -> dict[str, Shape]:
     """Arrays of one small size."""
     return {str(i): (size,) for i in range(leaves)}
-
-
-def matrix(size: int) -> Shape:
-    """One array, in rows of 1000 where they divide it."""
-    return (size // 1000, 1000) if size % 1000 == 0 else (size,)
