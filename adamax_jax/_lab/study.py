@@ -35,6 +35,7 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -149,10 +150,57 @@ GRID: Methods = {
     for b2 in (0.98, 0.99, 0.995, 0.999)
     for k in (None, 1.1, 1.5, 2, 4)
 }
-# One u for each row of an embedding.
-PER_ROW: Methods = {
-    f"{name}, u per symbol": functools.partial(method, shared_axes=_of_embeddings(-1))
-    for name, method in GRID.items()
+# The settings of the grid that are trained in other ways, too.
+CHOSEN = {b2: GRID[f"AdaMax, b2 = {b2}, growth 2"] for b2 in (0.98, 0.99)}
+NARROW: Methods = {
+    f"AdaMax, b2 = {b2}, growth 2, {name}": functools.partial(method, **storage)
+    for b2, method in CHOSEN.items()
+    for name, storage in (
+        ("two bytes", TWO_BYTES),
+        ("one byte", {"m_dtype": "int8", "shared_axes": -1}),
+        ("u per symbol", {"shared_axes": _of_embeddings(-1)}),
+    )
+}
+
+
+def _cut_apart(learning_rate, b2, max_growth, cut):
+    """AdaMax with a bounded growth, where m sees gradients up to ``cut`` times u."""
+
+    def init_fn(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jnp.zeros([], jnp.int32), zeros, zeros
+
+    def update_fn(updates, state, params=None):
+        del params
+        g = updates
+        count, m, u = state
+        count += 1
+
+        def next_u(g, u):
+            grown = jnp.minimum(jnp.abs(g) + 1e-8, max_growth * u)
+            first = jnp.abs(g) + 1e-8
+            return jnp.maximum(b2 * u, jnp.where(u > 2e-8, grown, first))
+
+        def next_m(g, m, u):
+            return 0.9 * m + 0.1 * jnp.clip(g, -cut * u, cut * u)
+
+        u = jax.tree.map(next_u, g, u)
+        m = jax.tree.map(next_m, g, m, u)
+        left = 1 - 0.9 ** count.astype(jnp.float32)
+        return jax.tree.map(lambda m, u: m / u / left, m, u), (count, m, u)
+
+    return optax.chain(
+        optax.GradientTransformation(init_fn, update_fn),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+# The bound of u and that of m apart.
+CUT: Methods = {
+    f"AdaMax, b2 = {b2}, growth 1.1, m cut at 4 u": functools.partial(
+        _cut_apart, b2=b2, max_growth=1.1, cut=4.0
+    )
+    for b2 in (0.98, 0.99)
 }
 # Names that stand for several methods.
 GROUPS: dict[str, Methods] = {
@@ -163,7 +211,7 @@ GROUPS: dict[str, Methods] = {
     "Adam at several b2": ADAM,
     "Adam in few bytes": {"Adam": optax.adam} | ADAM_BYTES,
     "memory": ADAM | GRID,
-    "memory, u per symbol": PER_ROW,
+    "memory, further": ADAM_BYTES | NARROW | CUT,
 }
 METHODS: Methods = {
     n: method for group in GROUPS.values() for n, method in group.items()

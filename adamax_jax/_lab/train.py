@@ -121,7 +121,7 @@ class Trainer:
         if not task.weight_decay:
             return optimizer
         # The same of all methods, whatever their learning rates.
-        rate = task.schedule(task.learning_rate, steps)
+        rate: Any = task.schedule(task.learning_rate, steps)
         decay = optax.add_decayed_weights(
             lambda t: -task.weight_decay * (rate(t) if callable(rate) else rate),
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),

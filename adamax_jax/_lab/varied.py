@@ -41,7 +41,7 @@ def _words(vocabulary: int) -> list[np.ndarray]:
     counts = Counter(word for words in files for word in words)
     common = counts.most_common(vocabulary - 1)
     numbers = {word: n for n, (word, _) in enumerate(common, start=1)}
-    return [np.int32([numbers.get(word, 0) for word in words]) for words in files]
+    return [np.array([numbers.get(w, 0) for w in words], np.int32) for words in files]
 
 
 def _skip_gram() -> Problem:
@@ -111,7 +111,7 @@ def _hash_grid() -> Problem:
     from sklearn.datasets import load_sample_image
 
     image = np.float32(load_sample_image("china.jpg")[::3, ::3] / 255)
-    places = np.stack(np.indices(image.shape[:2]), -1).reshape(-1, 2)
+    places = np.moveaxis(np.indices(image.shape[:2]), 0, -1).reshape(-1, 2)
     places = np.float32(places / max(image.shape))
     colors = image.reshape(-1, 3)
     resolutions, entries, features = (8, 16, 32, 64, 128), 2**11, 2
@@ -177,7 +177,7 @@ def _variational() -> Problem:
 
     return Problem(
         init,
-        lambda params, batch, key: negative_elbo(params, *batch, key),
+        lambda params, batch, key: negative_elbo(params, batch[0], batch[1], key),
         (data.train_images, data.train_labels),
         measure,
     )
