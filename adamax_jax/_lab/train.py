@@ -121,9 +121,9 @@ class Trainer:
         if not task.weight_decay:
             return optimizer
         # The same of all methods, whatever their learning rates.
-        rate: Any = task.schedule(task.learning_rate, steps)
+        schedule = task._replace(cosine=True).schedule(task.learning_rate, steps)
         decay = optax.add_decayed_weights(
-            lambda t: -task.weight_decay * (rate(t) if callable(rate) else rate),
+            lambda t: -task.weight_decay * schedule(t),
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
         )
         return optax.chain(optimizer, decay)
