@@ -101,10 +101,10 @@ def scale_by_adamax(
 
     The update has the sign of m and no unit; :func:`adamax` multiplies it by
     ``-learning_rate``. For ``b1 < b2`` and without Nesterov momentum its magnitude is
-    at most ``(1 - b1) / (1 - b1 / b2)``, 1.0091 at the defaults. With ``max_growth``, u
-    settles where a fraction s of gradients is clipped, ``s ln k = (1 - s)(-ln b2)``:
-    9.5 % at ``b2=0.99`` and k = 1.1, 1.4 % at k = 2. The mean of skewed gradients is
-    biased by it.
+    at most ``(1 - b1) / (1 - b1 / b2)``, 1.0091 at the defaults. ``max_growth`` clips at
+    most a fraction s of the gradients, ``s ln k = (1 - s)(-ln b2)``: at ``b2=0.99`` 9.5 %
+    for k = 1.1 and 1.4 % for k = 2. Skewed gradients get a biased mean: exponential
+    noise by 0.10 and 0.03 of its deviation, and events rarer than s count for nothing.
 
     Below 32 bits u does not drift and m is rounded without bias. More on storage,
     dtypes, complex gradients and None: :doc:`how_it_works`; NaN and infinity:
@@ -267,7 +267,7 @@ def adamax(
         updates, which starts at 0). No step is longer by more than 0.91 %, in the
         parameter's unit, at the default decay rates and with m and u in 32 bits.
       b1: Decay rate of m, in [0, 1).
-      b2: Decay rate of u, in [0, 1).
+      b2: Decay rate of u, in [0, 1). 0.98 is recommended (:doc:`07_memory`).
       eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
         0/0 is 0: a coordinate whose gradients were all 0 does not move.
       nesterov: Whether to use Nesterov momentum (NadaMax), as in ``optax.adam``.
@@ -360,7 +360,7 @@ def adamaxw(
       learning_rate: A number, a scalar array, or a schedule (a function of the count of
         updates, which starts at 0). It multiplies the weight decay too.
       b1: Decay rate of m, in [0, 1).
-      b2: Decay rate of u, in [0, 1).
+      b2: Decay rate of u, in [0, 1). 0.98 is recommended (:doc:`07_memory`).
       eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
         0/0 is 0: a coordinate whose gradients were all 0 does not move.
       weight_decay: The fraction of a parameter that a step at learning rate 1 removes:

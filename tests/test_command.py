@@ -260,7 +260,7 @@ def test_options_that_are_not_known_name_the_known(arguments, message, folder, c
     [
         ("demo", ["--figure PATH", "adamax=0.008"]),
         ("bench", [bench.TIME, "--for DEVICES", "torch, flashoptim-jax"]),
-        ("study", ["--rates", "'transformer, warm-up'", "'memory, narrow'"]),
+        ("study", ["--rates", "'transformer, warm-up'", "'memory, further'"]),
     ],
 )
 def test_help_of_a_command(name, shown, capsys):

@@ -106,8 +106,8 @@ def test_bytes_of_state():
         "adam": 8,
         "adamax": 8,
         "adam-two-bytes": 2,
-        "adamax-bounded": 8,
-        "adamax-bounded-two-bytes": 2,
+        "adamax-short": 8,
+        "adamax-short-two-bytes": 2,
     }
     _, by_bytes = demo.PANELS.values()
     assert by_bytes == list(expected)

@@ -36,7 +36,7 @@ STORAGES = {
 }
 MEMORIES = {
     "As it comes": {},
-    "With `b2=0.99, max_growth=1.1`": {"b2": 0.99, "max_growth": 1.1},
+    "With `b2=0.98, max_growth=2`": {"b2": 0.98, "max_growth": 2},
 }
 # By their names on the page; those of one name have the same steps.
 GRADIENTS = {

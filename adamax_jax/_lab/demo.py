@@ -29,7 +29,7 @@ from adamax_jax._lab.command import (
     positive_int,
     table,
 )
-from adamax_jax._lab.contenders import BOUNDED, TWO_BYTES
+from adamax_jax._lab.contenders import RECOMMENDED, TWO_BYTES
 from adamax_jax._lab.tasks import TASKS
 from adamax_jax._lab.train import Method, Run, Trainer
 
@@ -78,16 +78,16 @@ FURTHER = {
         "#882255",
         (0, (5, 1, 1, 1)),
     ),
-    "adamax-bounded": Contender(
-        "AdaMax, b2=0.99, max_growth=2",
-        functools.partial(adamax, **BOUNDED),
+    "adamax-short": Contender(
+        "AdaMax, b2=0.98",
+        functools.partial(adamax, **RECOMMENDED),
         0.004,
         "#999933",
         "-.",
     ),
-    "adamax-bounded-two-bytes": Contender(
-        "AdaMax, b2=0.99, max_growth=2, two bytes",
-        functools.partial(adamax, **BOUNDED, **TWO_BYTES),
+    "adamax-short-two-bytes": Contender(
+        "AdaMax, b2=0.98, two bytes",
+        functools.partial(adamax, **RECOMMENDED, **TWO_BYTES),
         0.004,
         "#000000",
         (0, (1, 1)),

@@ -54,7 +54,7 @@ class Task(NamedTuple):
     batch: int
     # The steps in which the learning rate rises from 0, as a share of all.
     warm_up: float = 0.0
-    # Decoupled, in proportion to the cosine of the task's own learning rate: of matrices.
+    # Decoupled, of matrices, times the task's own learning rate with a cosine decay.
     weight_decay: float = 0.0
 
     def schedule(self, learning_rate: Any, steps: int) -> Any:
