@@ -101,10 +101,10 @@ def scale_by_adamax(
 
     The update has the sign of m and no unit; :func:`adamax` multiplies it by
     ``-learning_rate``. For ``b1 < b2`` and without Nesterov momentum its magnitude is
-    at most ``(1 - b1) / (1 - b1 / b2)``, 1.0091 at the defaults. ``max_growth`` clips at
-    most a fraction s of the gradients, ``s ln k = (1 - s)(-ln b2)``: at ``b2=0.99`` 9.5 %
-    for k = 1.1 and 1.4 % for k = 2. Skewed gradients get a biased mean: exponential
-    noise by 0.10 and 0.03 of its deviation, and events rarer than s count for nothing.
+    at most ``(1 - b1) / (1 - b1 / b2)``, 1.0091 at the defaults. ``max_growth`` clips
+    at most a fraction s of the gradients, ``s ln k = (1 - s)(-ln b2)``: at ``b2=0.99``
+    9.5 % for k = 1.1, 1.4 % for k = 2. It biases the mean of skewed gradients: of
+    exponential noise by 0.10 and 0.03 of its deviation; rarer events count for nothing.
 
     Below 32 bits u does not drift and m is rounded without bias. More on storage,
     dtypes, complex gradients and None: :doc:`how_it_works`; NaN and infinity:
