@@ -122,11 +122,13 @@ class Trainer:
             return optimizer
         # The same of all methods, whatever their learning rates.
         schedule = task._replace(cosine=True).schedule(task.learning_rate, steps)
-        decay = optax.add_decayed_weights(
-            lambda t: -task.weight_decay * schedule(t),
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        decay = optax.inject_hyperparams(optax.add_decayed_weights)(
+            lambda t: -task.weight_decay * schedule(t)
         )
-        return optax.chain(optimizer, decay)
+        of_matrices = optax.masked(
+            decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+        )
+        return optax.chain(optimizer, of_matrices)
 
     def _init(self, key):
         return _floats_as(self._dtype, self._problem.init(key))
