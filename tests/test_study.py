@@ -52,7 +52,8 @@ SOME_LONG = pytest.mark.parametrize(
     ],
 )
 def test_a_task_learns_and_every_method_starts_alike(name):
-    task, steps = ALL_TASKS[name], 8 if name in TASKS else 40
+    task = ALL_TASKS[name]
+    steps = 8 if name in TASKS else task.steps
     problem = task.make()
     trainer = Trainer(problem, task, study.METHODS["AdaMax"], steps)
     run = trainer.run(name, "AdaMax", task.learning_rate, seed=0)
@@ -62,7 +63,8 @@ def test_a_task_learns_and_every_method_starts_alike(name):
     assert np.mean(run.losses[-part:]) < np.mean(run.losses[:part])
     assert len(run.metrics) == len(task.metrics)
     assert np.all(np.isfinite(run.metrics))
-    assert 8 <= run.state_bytes / run.parameters < 8.01
+    # Beside m and u a few single numbers: counts, u_scale, the rate of the decay.
+    assert 0 <= run.state_bytes - 8 * run.parameters <= 24
     # Of all others, one that goes nowhere compiles fastest.
     other = Trainer(problem, task, lambda rate: optax.set_to_zero(), steps=1)
     _, losses = other.train(task.learning_rate, seed=0)
