@@ -924,18 +924,20 @@ def check_a_divided_run():
     gradients = gradients_of(params)
     for residual_dtype in ("int16", "int8"):
         optimizer = master_weights(adamax(1e-3), residual_dtype)
-        expected = train(optimizer, params, gradients)
         shardings = zero_shardings(optimizer, params, mesh, "data")
         state = jax.jit(optimizer.init, out_shardings=shardings)(params)
         divided = jax.device_put(params, replicated)
 
-        @functools.partial(jax.jit, out_shardings=(replicated, shardings))
         def step(params, state, g, optimizer=optimizer):
             updates, state = optimizer.update(g, state, params)
             return optax.apply_updates(params, updates), state
 
+        on_one = jax.jit(step)
+        on_eight = jax.jit(step, out_shardings=(replicated, shardings))
+        expected = params, optimizer.init(params)
         for g in gradients:
-            divided, state = step(divided, state, g)
+            expected = on_one(*expected, g)
+            divided, state = on_eight(divided, state, g)
         chex.assert_trees_all_equal((divided, state), expected)
         # What is set lies where it lay.
         full = jax.tree.map(np.asarray, full_params(divided, state))
