@@ -14,7 +14,7 @@ BFLOAT16: dict[str, Any] = {"m_dtype": "bfloat16", "u_dtype": "bfloat16"}
 TWO_BYTES: dict[str, Any] = {"m_dtype": "int8", "u_dtype": "uint8"}
 # One u for all numbers along the last axis, in arrays with more than one axis.
 SHARED_U: dict[str, Any] = {"m_dtype": "int8", "u_dtype": "float32", "shared_axes": -1}
-# AdaMax with the recommended memory, and with a bounded growth of u beside it.
+# AdaMax with the recommended memory; and with a bounded growth of u, for its cost.
 RECOMMENDED: dict[str, Any] = {"b2": 0.98}
 BOUNDED: dict[str, Any] = {"b2": 0.99, "max_growth": 2}
 
