@@ -362,8 +362,10 @@ def check_state(state: Any, kind: type) -> None:
             if isinstance(state, optax.ScaleByAdamState):
                 hint += "; from_optax converts that of optax.adamax"
             hint += "."
-        elif isinstance(state, optax.ScaleByAdamState):
-            hint = " from_optax converts that of optax.adam, with adam_b2."
+        elif kind.__name__ == "ScaleByLpAdamState":
+            hint = (
+                " from_optax converts that of optax.adam, if given its b2 as adam_b2."
+            )
         raise TypeError(
             "update takes the gradients, the state and the parameters, in this order. "
             f"The state is of type {type(state).__name__}, but this optimizer's is a "
@@ -375,12 +377,22 @@ def check_state(state: Any, kind: type) -> None:
 def check_chained(state: Any, size: int) -> None:
     """Raises TypeError if the state is not that of a chain of ``size`` parts."""
     is_plain = isinstance(state, tuple | list) and not hasattr(state, "_fields")
-    if not is_plain or len(state) != size:
-        raise TypeError(
-            "update takes the gradients, the state and the parameters, in this order. "
-            "The state must be what init or the last update returned, a tuple of "
-            f"{size} states, got {_shown(state)}."
+    if is_plain and len(state) == size:
+        return
+    shown, hint = _shown(state), ""
+    if is_plain:
+        shown = f"a {type(state).__name__} of {len(state)}"
+        hint = (
+            " The state of adamw and adamaxw has one more than that of adam and adamax,"
+            " for the weight decay."
         )
+    elif hasattr(state, "count"):
+        hint = " insert_state puts a part of a state into what init returns."
+    raise TypeError(
+        "update takes the gradients, the state and the parameters, in this order. "
+        "The state must be what init or the last update returned, a tuple of "
+        f"{size} states, got {shown}.{hint}"
+    )
 
 
 def check_stored(
@@ -419,11 +431,11 @@ def check_stored(
         m_dtype, u_dtype, u_shape = as_at_init(path, m, u, p_dtype)
         for name, leaf, dtype in (("m", m, m_dtype), ("u", u, u_dtype)):
             if leaf.dtype != dtype:
-                beside = f", beside a parameter in {p_dtype}" if p_dtype else ""
+                beside = f", for a parameter in {p_dtype}" if p_dtype else ""
                 allowed = MEANS if name == "m" else NORMS
                 other = (
-                    "An optimizer that stores it so has "
-                    f"{name}_dtype={leaf.dtype.name!r}. "
+                    f"Use {name}_dtype={leaf.dtype.name!r} for this state, or convert "
+                    "it. "
                     if leaf.dtype.name in allowed
                     else ""
                 )
@@ -495,6 +507,11 @@ def check_mask(mask: Any, params: Any) -> None:
 
 def check_gradients(updates: Any, m: Any) -> None:
     """Raises an error if gradients and m differ in tree, shape or kind of number."""
+    if updates is None and jax.tree.leaves(m):
+        raise TypeError(
+            "The gradients are None. Parameters that get no gradient in this step have "
+            "None in the tree of gradients."
+        )
     gradients, treedef = jax.tree.flatten(updates, is_leaf=_is_none)
     try:
         moments = treedef.flatten_up_to(m)

@@ -349,13 +349,21 @@ def unwrapped(scalar: Any) -> jax.Array:
 
 
 def _hint(state, kind):
-    """What an error adds if the state is Optax's, or this library's already."""
+    """What an error adds if the state is Optax's, this library's, or a dictionary."""
     if kind is optax.ScaleByAdamState and find_states(state):
         return " It is that of this library's optimizer already."
     if kind is KINDS and find_states(state, optax.ScaleByAdamState):
         return (
             " It is Optax's: use from_optax first, with adam_b2 if its optimizer is an "
             "adam."
+        )
+    if any(
+        "['count']" in name_of(path) for path, _ in jax.tree.leaves_with_path(state)
+    ):
+        return (
+            " It has dictionaries in place of states: give optimizer.opt_state in Flax "
+            "NNX, not nnx.state(optimizer), and restore a checkpoint into what init "
+            "returns."
         )
     return ""
 

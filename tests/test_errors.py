@@ -12,10 +12,12 @@ import pytest
 from sequences import STORAGES
 
 from adamax_jax import (
+    adam,
     adamax,
     adamaxw,
     convert_state,
     diagnose,
+    from_optax,
     insert_state,
     lp_adam,
     lp_adamw,
@@ -655,6 +657,26 @@ def test_arguments_of_update_in_another_order(factory):
             optimizer.update(*arguments)
     with pytest.raises(TypeError, match=r"got a dict of 3 leaves\."):
         optimizer.update(DENSE, DENSE)
+    with pytest.raises(TypeError, match=r"got a tuple of \d\. The state of adamw and"):
+        optimizer.update(DENSE, (*state, optax.EmptyState()))
+    with pytest.raises(TypeError, match=r"got a ScaleBy\w+State .* insert_state puts"):
+        optimizer.update(DENSE, state[0])
+
+
+def test_the_state_of_an_adam_needs_its_b2():
+    """Without it, from_optax takes it for the state of an AdaMax."""
+    state = from_optax(optax.adam(1e-3).init(DENSE))
+    with pytest.raises(TypeError, match=r"from_optax converts .* b2 as adam_b2"):
+        adam(1e-3).update(DENSE, state)
+
+
+def test_dictionaries_in_the_place_of_states():
+    """As of nnx.state, or of a checkpoint that was restored without a target."""
+    for state in (optax.adam(1e-3).init(DENSE), adam(1e-3).init(DENSE)):
+        restored = [part._asdict() for part in state]
+        for function in (moments, convert_state, from_optax):
+            with pytest.raises(ValueError, match=r"dictionaries in place of states: give"):
+                function(restored)
 
 
 @pytest.mark.parametrize("value", [1e-3, adamax, {"a": jnp.ones(3)}, None])
@@ -776,6 +798,6 @@ def test_other_things_in_the_place_of_hyperparameters():
     with pytest.raises(TypeError, match=r"or a schedule, got a list of 2 leaves\.$"):
         adamax([1e-3, 1e-4])
     with pytest.raises(
-        TypeError, match=r"in this order.* a ScaleByLpAdamState, .*state\.$"
+        TypeError, match=r"in this order.* a ScaleByLpAdamState, .*adam_b2\.$"
     ):
         lp_adam(0.1, 2.0).update(DENSE, adamax().init(DENSE))

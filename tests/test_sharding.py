@@ -1,5 +1,7 @@
 """Parameters and batches divided over devices: no bit of the state depends on it."""
 
+import functools
+
 import chex
 import eight_devices
 import jax
@@ -28,6 +30,21 @@ def mesh_of(axis_type):
     return jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
 
 
+def fast_to_compile(check):
+    """A check of types and signs, which need no optimized program."""
+
+    @functools.wraps(check)
+    def checked():
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            check()
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)
+
+    return checked
+
+
+@fast_to_compile
 def check_explicit_types():
     """Every leaf of the state keeps its type, sharding included."""
     mesh = mesh_of(AxisType.Explicit)
@@ -55,6 +72,7 @@ def check_explicit_types():
                 assert jax.tree.map(jax.typeof, new_state) == types
 
 
+@fast_to_compile
 def check_a_sharded_state_beside_replicated_gradients():
     """With explicit axes, which leave it to the arithmetic; forward and in reverse."""
     if jax.__version_info__ < (0, 8):
@@ -88,6 +106,7 @@ def check_a_sharded_state_beside_replicated_gradients():
                     assert np.isfinite(derivative(g)).all()
 
 
+@fast_to_compile
 def check_a_replicated_state_beside_sharded_gradients():
     """The other way round, eager and compiled, forward and in reverse."""
     if jax.__version_info__ < (0, 8):

@@ -105,9 +105,10 @@ def test_arrays_alone_are_put_into_containers(name):
         chex.assert_trees_all_close(some[other], updates[other], rtol=1e-6)
         chex.assert_trees_all_equal_structs(new, before)
         chex.assert_trees_all_equal_dtypes(new, before)
-    nothing, new = optimizer.update(None, before, params)
-    assert nothing is None
-    chex.assert_trees_all_equal_structs(new, before)
+    # But not for all of the gradients, which a loop forgot to return.
+    for update in (optimizer.update, jax.jit(optimizer.update)):
+        with pytest.raises(TypeError, match="The gradients are None"):
+            update(None, before, params)
 
 
 KINDS = [(name, axes) for name in STORAGES for axes in (None, -1)]
