@@ -675,7 +675,9 @@ def test_dictionaries_in_the_place_of_states():
     for state in (optax.adam(1e-3).init(DENSE), adam(1e-3).init(DENSE)):
         restored = [part._asdict() for part in state]
         for function in (moments, convert_state, from_optax):
-            with pytest.raises(ValueError, match=r"dictionaries in place of states: give"):
+            with pytest.raises(
+                ValueError, match=r"dictionaries in place of states: give"
+            ):
                 function(restored)
 
 

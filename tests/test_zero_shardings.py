@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_readme
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sequences import STORAGES
@@ -591,6 +592,23 @@ def check_the_update_alone_exchanges_nothing():
             assert collective not in compiled
 
 
+def check_the_example_of_the_readme():
+    """Three more steps keep all shardings, so that the step is compiled once."""
+    heading = "bfloat16 parameters and FSDP"
+    code = test_readme.example(test_readme.README.read_text(), heading)
+    names = test_readme.run(code)
+    params, state, step = (names[name] for name in ("params", "state", "step"))
+    before = jax.tree.map(lambda x: x.sharding, (params, state))
+    for _ in range(3):
+        params, state = step(params, state, jax.tree.map(jnp.ones_like, params))
+    assert jax.tree.map(lambda x: x.sharding, (params, state)) == before
+    assert step._cache_size() == 1
+    for x in (params["kernel"], *jax.tree.leaves(state)):
+        if x.ndim == 2:
+            assert x.addressable_shards[0].data.shape == (8, 8)
+    assert params["bias"].sharding.is_fully_replicated
+
+
 CHECKS = eight_devices.named(
     check_which_dimension_is_divided,
     check_the_parameters_own_sharding_is_kept,
@@ -605,6 +623,7 @@ CHECKS = eight_devices.named(
     check_training,
     check_a_divided_state_is_diagnosed_as_a_whole,
     check_the_update_alone_exchanges_nothing,
+    check_the_example_of_the_readme,
 )
 
 
