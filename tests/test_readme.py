@@ -181,7 +181,7 @@ def test_continuing_adam_example():
 def test_family_example():
     # Optax's schedule mixes integers and floats.
     with jax.numpy_dtype_promotion("standard"):
-        optimizer = run(example(page("choosing"), "From Adam to AdaMax"))["optimizer"]
+        optimizer = run(example(page("family"), "Between Adam and AdaMax"))["optimizer"]
         state = optimizer.init(jnp.ones(3))
         updates, state = optimizer.update(jnp.ones(3), state)
     assert updates.tolist() == pytest.approx([-3e-3] * 3, rel=1e-5)

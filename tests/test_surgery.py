@@ -235,7 +235,7 @@ def test_what_is_missing_is_an_error_otherwise():
 
 
 def test_restoring_into_what_was_saved():
-    convert, master = blocks("Save, restore, store otherwise")
+    convert, on_a_mesh, master = blocks("Save, restore, store otherwise")
     names = run(convert)
     chex.assert_trees_all_equal(
         names["state"],
@@ -247,6 +247,9 @@ def test_restoring_into_what_was_saved():
             u_dtype="uint8",
         ),
     )
+    restored = run(on_a_mesh, **names)["restored"]
+    chex.assert_trees_all_equal(restored, names["restored"])
+    assert restored[0].m["kernel"].sharding.mesh.axis_names == ("data",)
     before = names["params"]
     names = run(master, **names)
     chex.assert_trees_all_equal(full_params(names["params"], names["state"]), before)
