@@ -33,6 +33,8 @@ nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 autosummary_generate = False
 napoleon_use_ivar = True
+# The docstrings of the states say what m and u are; their types are long unions.
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 # Blocks without a language: commands, tables, formulas.
 highlight_language = "text"
@@ -45,6 +47,8 @@ intersphinx_mapping = {
 }
 intersphinx_timeout = 5
 html_theme = "furo"
+# Furo's own underlines modules, as if they were links.
+pygments_dark_style = "monokai"
 html_title = "adamax_jax"
 html_static_path = ["custom.css"]
 html_css_files = ["custom.css"]
@@ -70,7 +74,8 @@ def link_names(app, doctree):
         if name in adamax_jax.__all__:
             name = f"adamax_jax.{name}"
         is_name = name.startswith(("adamax_jax.", "jax.", "optax."))
-        if is_name and isinstance(literal.parent, nodes.paragraph | nodes.inline):
+        in_text = isinstance(literal.parent, nodes.paragraph | nodes.inline)
+        if is_name and in_text and not is_label(literal):
             link = pending_xref(reftarget=name, refdomain="py", reftype="obj")
             literal.replace_self(link)
             link += literal
@@ -78,6 +83,35 @@ def link_names(app, doctree):
     for link in doctree.findall(pending_xref):
         if link["reftarget"].startswith(("jax.", "optax.")):
             link["reftype"] = "obj"
+
+
+def is_label(node):
+    """Whether a node is in the head or first column of a table: other libraries'."""
+    while node is not None and not isinstance(node, nodes.entry):
+        node = node.parent
+    if node is None:
+        return False
+    return isinstance(node.parent.parent, nodes.thead) or node.parent[0] is node
+
+
+def keep_numbers_together(app, doctree, name):
+    """No line breaks within numbers in tables: 0.1 ± 0.2, 3 %, 17.6 ms."""
+    for entry in doctree.findall(nodes.entry):
+        for text in list(entry.findall(nodes.Text)):
+            kept = re.sub(
+                r" (?=[±%])|(?<=±) |(?<=\d) (?=(?:ms|s|MB|GB)\b)", "\xa0", text
+            )
+            text.parent.replace(text, nodes.Text(kept))
+
+
+def name_figures(app, doctree, name):
+    """What a figure shows, for those who do not see it: the heading above it."""
+    for image in doctree.findall(nodes.image):
+        section = image.parent
+        while not isinstance(section, nodes.section | nodes.document):
+            section = section.parent
+        title = section.next_node(nodes.title)
+        image["alt"] = f"A figure: {title.astext() if title else name}"
 
 
 def unlink_files(app, doctree):
@@ -102,7 +136,9 @@ def mathml(formula, display):
     result = convert(formula, display=display)
     # Spaces around functions, and none around bars.
     result = re.sub(
-        "<mi>(exp|ln|log)</mi>", r'<mo lspace=".17em" rspace=".1em">\1</mo>', result
+        "<m[io][^>]*>(exp|ln|log|max|min)</m[io]>",
+        r'<mo lspace=".17em" rspace=".1em">\1</mo>',
+        result,
     )
     bar = 'stretchy="false">&#x0007C;'
     return result.replace(bar, f'lspace="0" rspace="0" {bar}')
@@ -124,5 +160,7 @@ def setup(app):
     app.connect("autodoc-process-signature", write_signature)
     app.connect("doctree-read", link_names)
     app.connect("doctree-read", warn_of_raw_tables)
+    app.connect("doctree-resolved", keep_numbers_together)
+    app.connect("doctree-resolved", name_figures)
     # Before Sphinx collects the files.
     app.connect("doctree-read", unlink_files, priority=100)
