@@ -345,7 +345,8 @@ def test_ctrl_c_ends_a_process_that_has_saved_its_work(tmp_path):
 @pytest.mark.parametrize("seconds", [0.0, 3.0], ids=["imports", "training"])
 def test_ctrl_c_before_the_first_result(seconds, tmp_path):
     """While packages are imported, and while XLA compiles or trains."""
-    status, output = interrupted(["demo"], tmp_path, b"Loading Flax", seconds)
+    arguments = ["demo", "--epochs", "40"]
+    status, output = interrupted(arguments, tmp_path, b"Loading Flax", seconds)
     assert status == INTERRUPTED, output.decode()
     assert b"Traceback" not in output
     assert list(tmp_path.iterdir()) == []

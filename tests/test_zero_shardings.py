@@ -372,11 +372,15 @@ def check_explicit_axes():
         return params
 
     def alone(optimizer):
-        params, state = on_one, optimizer.init(on_one)
-        for _ in range(2):
+        @jax.jit
+        def step(params, state):
             g = jax.tree.map(jnp.cos, params)
             updates, state = optimizer.update(g, state, params)
-            params = optax.apply_updates(params, updates)
+            return optax.apply_updates(params, updates), state
+
+        params, state = on_one, optimizer.init(on_one)
+        for _ in range(2):
+            params, state = step(params, state)
         return params
 
     cases = [
