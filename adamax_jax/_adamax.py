@@ -112,7 +112,7 @@ def scale_by_adamax(
 
     Args:
       b1: Decay rate of m, in [0, 1).
-      b2: Decay rate of u, in [0, 1).
+      b2: Decay rate of u, in [0, 1). 0.98 is recommended (:doc:`07_memory`).
       eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
         0/0 is 0: a coordinate whose gradients were all 0 does not move.
       nesterov: Whether to use Nesterov momentum (NadaMax), as in ``optax.adam``.
@@ -291,7 +291,7 @@ def adamax(
       a :class:`ScaleByAdamaxState`.
 
     Raises:
-      ValueError: If a hyperparameter is out of range or a dtype not listed above; by
+      ValueError: If a hyperparameter is out of range or a dtype is not listed above; by
         ``init`` and ``update``, as :func:`scale_by_adamax`.
       TypeError: If an argument has a wrong type; by ``init`` and ``update``, as
         :func:`scale_by_adamax`.

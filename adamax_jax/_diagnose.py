@@ -193,9 +193,9 @@ def diagnose(
     ``stale``
       The fraction of the other coordinates with ``|m| < u/1000``, which hardly move: u
       remembers gradients far above the recent ones. A spike of k times the usual
-      gradient is forgotten after ``ln(k) / (1 - b2)`` steps, by Adam after twice as
-      many; with ``max_growth`` it raises u by that factor at most. About 0.01 under
-      noise, and 1 if gradients have stopped (:doc:`diagnosing`).
+      gradient is forgotten after ``ln(k) / (1 - b2)`` steps; with ``max_growth`` it
+      raises u by that factor at most. About 0.01 under noise, and 1 if gradients have
+      stopped (:doc:`diagnosing`).
     ``decades``
       log10 of the largest u over the smallest, without unseen coordinates: how badly
       the problem is scaled. uint8 spans 18 decades, all floats 76 or more.

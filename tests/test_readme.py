@@ -46,8 +46,8 @@ def run(code, **names):
 
 
 FLAX = example(README.read_text(), "Replace Adam")
-STORAGE = example(page("choosing"), "Two bytes per parameter")
-ONE_BYTE = example(page("choosing"), "One byte per parameter")
+STORAGE = example(page("choosing"), "AdaMax in two bytes")
+ONE_BYTE = example(page("choosing"), "AdaMax in one byte")
 
 
 def test_flax_example():
