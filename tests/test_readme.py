@@ -101,7 +101,7 @@ def test_half_precision_example():
     # Optax adds float32 updates to bfloat16 parameters.
     with jax.numpy_dtype_promotion("standard"):
         names = run(example(page("choosing"), "Half-precision parameters"))
-    assert_trained_in_six_bytes(names, 1e-3, 1e-3, 0.02)
+    assert_trained_in_six_bytes(names, 1e-3, 1e-3, 0.15)
 
 
 def test_half_precision_and_sharding_example():
