@@ -267,7 +267,8 @@ def adamax(
         updates, which starts at 0). No step is longer by more than 0.91 %, in the
         parameter's unit, at the default decay rates and with m and u in 32 bits.
       b1: Decay rate of m, in [0, 1).
-      b2: Decay rate of u, in [0, 1). 0.98 is recommended (:doc:`07_memory`).
+      b2: Decay rate of u, in [0, 1). 0.98 is recommended, but not for embeddings with
+        rare rows (:doc:`07_memory`).
       eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
         0/0 is 0: a coordinate whose gradients were all 0 does not move.
       nesterov: Whether to use Nesterov momentum (NadaMax), as in ``optax.adam``.
@@ -360,7 +361,8 @@ def adamaxw(
       learning_rate: A number, a scalar array, or a schedule (a function of the count of
         updates, which starts at 0). It multiplies the weight decay too.
       b1: Decay rate of m, in [0, 1).
-      b2: Decay rate of u, in [0, 1). 0.98 is recommended (:doc:`07_memory`).
+      b2: Decay rate of u, in [0, 1). 0.98 is recommended, but not for embeddings with
+        rare rows (:doc:`07_memory`).
       eps: Floor of the denominator, in the gradient's unit, at least 0. With ``eps=0``,
         0/0 is 0: a coordinate whose gradients were all 0 does not move.
       weight_decay: The fraction of a parameter that a step at learning rate 1 removes:
