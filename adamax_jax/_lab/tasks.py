@@ -48,11 +48,11 @@ class Task(NamedTuple):
     # Names with units, the one that matters most first.
     metrics: tuple[str, ...]
     learning_rate: float
-    # Whether the learning rate decays to 0 along a cosine or stays.
-    cosine: bool
     steps: int
     batch: int
-    # The steps in which the learning rate rises from 0, as a share of all.
+    # Whether the learning rate decays to 0 along a cosine or stays.
+    cosine: bool = True
+    # The steps in which the learning rate rises from 0, as a fraction of all.
     warm_up: float = 0.0
     # Decoupled, of matrices, times the task's own learning rate with a cosine decay.
     weight_decay: float = 0.0
@@ -405,36 +405,17 @@ def text_as_numbers() -> tuple[np.ndarray, int]:
 # were not tried, so that none of them is favoured.
 TASKS = {
     "perceptron": Task(
-        make=_perceptron,
-        metrics=("training loss, nats", "test accuracy, %"),
+        _perceptron,
+        ("training loss, nats", "test accuracy, %"),
         learning_rate=8e-3,
-        cosine=False,
         steps=1500,
         batch=128,
+        cosine=False,
     ),
-    "vae": Task(
-        make=_vae,
-        metrics=("test negative ELBO, nats per image",),
-        learning_rate=2e-2,
-        cosine=True,
-        steps=1200,
-        batch=64,
-    ),
-    "flow": Task(
-        make=_flow,
-        metrics=("test negative log-likelihood, nats",),
-        learning_rate=1.6e-2,
-        cosine=True,
-        steps=2000,
-        batch=256,
-    ),
+    "vae": Task(_vae, ("test negative ELBO, nats per image",), 2e-2, 1200, 64),
+    "flow": Task(_flow, ("test negative log-likelihood, nats",), 1.6e-2, 2000, 256),
     "transformer": Task(
-        make=_transformer,
-        metrics=("held-out loss, nats per character",),
-        learning_rate=8e-3,
-        cosine=True,
-        steps=800,
-        batch=16,
+        _transformer, ("held-out loss, nats per character",), 8e-3, 800, 16
     ),
 }
 
@@ -444,21 +425,14 @@ TASKS = {
 _warm = TASKS["transformer"]._replace(warm_up=0.1)
 FURTHER = {
     "factorization": Task(
-        make=_factorization,
-        metrics=("test error, root of the mean square",),
-        learning_rate=8e-3,
-        cosine=True,
-        steps=4000,
-        batch=256,
+        _factorization, ("test error, root of the mean square",), 8e-3, 4000, 256
     ),
     "vae, spikes": TASKS["vae"]._replace(
         make=functools.partial(_with_spikes, _vae, 1 / 200, 1e3)
     ),
-    "transformer, short warm-up": TASKS["transformer"]._replace(warm_up=0.02),
     "transformer, warm-up": _warm,
     "transformer, wide": _warm._replace(
         make=functools.partial(_transformer, width=96), steps=1200
     ),
     "transformer, long": _warm._replace(steps=2400),
 }
-ALL_TASKS = TASKS | FURTHER
