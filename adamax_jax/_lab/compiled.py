@@ -143,10 +143,10 @@ def ideal_bytes(params: Any, state: Any) -> int:
 
     It reads the gradient once, and reads and writes the parameters and the state once.
     """
-    return 3 * _bytes_of(params) + 2 * _bytes_of(state)
+    return 3 * _bytes_of_arrays(params) + 2 * _bytes_of_arrays(state)
 
 
-def _bytes_of(tree):
+def _bytes_of_arrays(tree):
     leaves = jax.tree.leaves(tree)
     return sum(x.size * x.dtype.itemsize for x in leaves if x.size > 1)
 

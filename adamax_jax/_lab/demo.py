@@ -202,7 +202,7 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     rows = [
         [
             CONTENDERS[run.method].label,
-            f"{_bytes_of(run):.2f}",
+            f"{run.bytes_per_parameter:.2f}",
             f"{run.learning_rate:g}"
             + (" best" if options.sweep and best[run.method] is run else ""),
             f"{final_cost(run, options.epochs):.4f}",
@@ -222,11 +222,6 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     )
 
 
-def _bytes_of(run):
-    """The bytes of state per parameter."""
-    return run.state_bytes / run.parameters
-
-
 def _numbers(runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]:
     return {
         "epochs": options.epochs,
@@ -238,7 +233,7 @@ def _numbers(runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]
                 "costs": costs_of(run, options.epochs).tolist(),
                 "final_cost": final_cost(run, options.epochs),
                 "test_accuracy": run.metrics[1],
-                "bytes_per_parameter": _bytes_of(run),
+                "bytes_per_parameter": run.bytes_per_parameter,
             }
             for run in runs
         ],
@@ -285,7 +280,8 @@ def _draw_run(axes, run, epochs):
         color=color,
         linestyle=style,
         linewidth=1.8,
-        label=f"{label.removesuffix(', two bytes')}: {_bytes_of(run):.0f} bytes, "
+        label=f"{label.removesuffix(', two bytes')}: "
+        f"{run.bytes_per_parameter:.0f} bytes, "
         f"learning rate {run.learning_rate:g}",
     )
 

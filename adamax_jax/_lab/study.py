@@ -382,7 +382,7 @@ def _row(task, metric, i, method, methods):
         task=task,
         metric=metric,
         method=method,
-        bytes_per_parameter=runs[0].state_bytes / runs[0].parameters,
+        bytes_per_parameter=runs[0].bytes_per_parameter,
         learning_rate=runs[0].learning_rate,
         search={
             rate: float(np.mean([r.metrics[i] for r in _searched(all_runs, rate)]))
