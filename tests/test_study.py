@@ -249,12 +249,6 @@ def test_all_methods_are_trained_at_their_best_rate(trainings):
     ]
 
 
-def test_a_curve_has_all_seeds_at_eight_rates(trainings):
-    list(study.study(["flow"], ["Adam"], seeds=1, rates="curve"))
-    powers = range(-4, 4)
-    assert trainings[1:] == [("Adam", p, seed) for p in powers for seed in (0, 1, 2)]
-
-
 def test_memories_are_what_they_are_called():
     """By their u, after gradients of 1, one of 9, and others of 0."""
     gradients = jnp.asarray([1.0, 9.0, *[0.0] * 8])
@@ -269,10 +263,10 @@ def test_memories_are_what_they_are_called():
 def test_numbers_of_a_method_are_traced():
     """The same training, compiled once for several."""
     method = study.METHODS["AdaMax, b2 = 0.99, growth 2"]
-    (make, others), numbers = study.split(method)
+    (make, others), numbers = study.split_traced(method)
     assert (make, others) == (adamax, ())
     assert numbers == {"b2": 0.99, "max_growth": 2.0}
-    assert study.split(optax.adamax) == ((optax.adamax, ()), {})
+    assert study.split_traced(optax.adamax) == ((optax.adamax, ()), {})
 
     def loss(w, batch, key):
         return (w - batch[0]) ** 2
