@@ -551,6 +551,13 @@ def test_command_at_the_rates_of_the_tasks(trainings, tmp_path, capsys):
         assert line.startswith(start)
 
 
+def test_all_settings_of_a_task_are_saved(trainings, tmp_path):
+    arguments = ["--tasks", "mixer", "--methods", "AdaMax", "--seeds", "1"]
+    table, results = run_command(tmp_path, *arguments)
+    assert results["tasks"]["mixer"].keys() == {*tasks.Task._fields} - {"make"}
+    assert "steps: mixer 500 (cosine, weight decay 0.1); Optax" in table
+
+
 def test_command_at_the_best_rates(tmp_path, capsys):
     """This one trains."""
     arguments = ["--rates", "search", "--tasks", "perceptron", "--methods", "AdaMax"]

@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -38,6 +37,7 @@ from adamax_jax._lab.command import (
     is_installed,
     positive_int,
     table,
+    versions,
 )
 from adamax_jax._lab.contenders import (
     HALF,
@@ -372,24 +372,24 @@ def _text(rows: Sequence[Row], options: argparse.Namespace) -> str:
             line.append("" if size is None else f"{size / row.parameters:.2f}")
         lines.append(line)
     settings = _settings(options)
-    versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
+    listed = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     return table(columns, lines) + (
         f"\n\nMedians of {settings['rounds']} rounds after {WARM_UP} of warm-up (of "
         "tracing and compiling, of a quarter), and from the tenth to the ninetieth "
         "percentile; parameters and gradients in float32, or bfloat16 where a row "
         f"begins with it; {settings['environment']}, {settings['cores']} cores; "
-        f"{versions}; {settings['command']}.\n"
+        f"{listed}; {settings['command']}.\n"
     )
 
 
 def _settings(options):
-    packages = ["adamax_jax", "jax", "jaxlib", "optax"]
-    packages += [OPTIONAL[module] for module in OPTIONAL if is_installed(module)]
     given = {"max-size": options.max_size, "repetitions": options.repetitions}
     given = [f" --{name} {value}" for name, value in given.items() if value]
     return {
         "environment": environment(),
-        "versions": {package: version(package) for package in packages},
+        "versions": versions(
+            "adamax_jax", "jax", "jaxlib", "optax", *OPTIONAL.values()
+        ),
         "cores": os.cpu_count(),
         "rounds": options.repetitions or REPETITIONS,
         "command": f"python -m adamax_jax bench{''.join(given)}",

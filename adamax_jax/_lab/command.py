@@ -5,6 +5,7 @@ results one after the other, and how they are shown.
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         + " |"
         for line in lines
     )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of these packages, but for those that are not installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def environment() -> str:

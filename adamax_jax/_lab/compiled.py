@@ -4,14 +4,12 @@ JAX compiles for TPUs and GPUs without having them. The programs are read, not r
 """
 
 import argparse
-import contextlib
 import math
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
@@ -20,7 +18,7 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from adamax_jax._lab.command import Command, is_installed, table
+from adamax_jax._lab.command import Command, is_installed, table, versions
 from adamax_jax._lab.contenders import HALF, OPTIMIZERS, REFERENCE, optax_step
 
 # A matrix that does not fit on the chip, where compilers keep smaller arrays.
@@ -256,24 +254,20 @@ def _text(rows: Sequence[CompiledRow], options: argparse.Namespace) -> str:
         for row in rows
     ]
     settings = _settings(options)
-    versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
+    listed = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     return table(columns, cells) + (
         f"\n\nCompiled, not run: nothing here is a time. A step on {MATRIX[0]} x "
         f"{MATRIX[1]} parameters, in float32 with such gradients, or "
         "in bfloat16 where a row begins with it. Ideal is to read the gradient once, "
         "and to read and write parameters and state once; optax.adamax is that of the "
-        f"same parameters. {versions}; {settings['command']}.\n"
+        f"same parameters. {listed}; {settings['command']}.\n"
     )
 
 
 def _settings(options):
-    versions = {}
-    for package in VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
     return {
         "compiled_not_run": True,
-        "versions": versions,
+        "versions": versions(*VERSIONS),
         "shape": MATRIX,
         "command": f"python -m adamax_jax bench --for {','.join(options.targets)}",
     }

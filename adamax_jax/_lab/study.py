@@ -30,7 +30,6 @@ import statistics
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -48,12 +47,9 @@ from adamax_jax._lab.command import (
     environment,
     positive_int,
     table,
+    versions,
 )
-from adamax_jax._lab.contenders import (
-    BFLOAT16,
-    TWO_BYTES,
-    with_float32_copy,
-)
+from adamax_jax._lab.contenders import BFLOAT16, TWO_BYTES, with_float32_copy
 from adamax_jax._lab.tasks import FURTHER, TASKS
 from adamax_jax._lab.train import InHalf, Method, Run, Trainer
 from adamax_jax._lab.varied import VARIED
@@ -525,21 +521,13 @@ def _describe(run):
 
 def _settings(runs, options):
     """What the numbers come from."""
-    packages = ("adamax_jax", "jax", "optax", "flax", "scikit-learn")
     return {
         "environment": environment(),
-        "versions": {package: version(package) for package in packages},
+        "versions": versions("adamax_jax", "jax", "optax", "flax", "scikit-learn"),
         "seeds": options.seeds,
         "rates": options.rates,
         "tasks": {
-            name: {
-                "metrics": task.metrics,
-                "learning_rate": task.learning_rate,
-                "schedule": "cosine" if task.cosine else "constant",
-                "warm_up": task.warm_up,
-                "steps": options.steps or task.steps,
-                "batch": task.batch,
-            }
+            name: task.settings() | {"steps": options.steps or task.steps}
             for name, task in ALL_TASKS.items()
             if any(run.task == name for run in runs)
         },
@@ -562,8 +550,9 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
         "0 and 1, which are not counted",
     }[options.rates]
     trained = ", ".join(
-        f"{name} {task['steps']} ({task['schedule']}"
-        + (f", {task['warm_up']:.0%} warm-up)" if task["warm_up"] else ")")
+        f"{name} {task['steps']} ({'cosine' if task['cosine'] else 'constant'}"
+        + (f", {task['warm_up']:.0%} warm-up" if task["warm_up"] else "")
+        + (f", weight decay {task['weight_decay']})" if task["weight_decay"] else ")")
         for name, task in settings["tasks"].items()
     )
     return (

@@ -57,6 +57,12 @@ class Task(NamedTuple):
     # Decoupled, of matrices, times the task's own learning rate with a cosine decay.
     weight_decay: float = 0.0
 
+    def settings(self) -> dict[str, Any]:
+        """All but the problem, for JSON."""
+        settings = self._asdict()
+        del settings["make"]
+        return settings
+
     def schedule(self, learning_rate: Any, steps: int) -> Any:
         """The learning rate during a training of so many steps that begins with one."""
         if not self.cosine:
