@@ -252,6 +252,11 @@ def add_names(
     )
 
 
+def plural(count: int, noun: str) -> str:
+    """A number of things."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, its columns aligned."""
     lines = [columns, *rows]

@@ -89,15 +89,12 @@ def devices(target: str) -> list[Any]:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     if target == "h100":
-        platform, options = (
-            "cuda",
-            {"topology": TARGETS[target], "target_config": _H100},
-        )
+        options = {"topology": TARGETS[target], "target_config": _H100}
     else:
-        platform, options = "tpu", {}
-    return list(
-        topologies.get_topology_desc(TARGETS[target], platform, **options).devices
-    )
+        options = {}
+    platform = "cuda" if target == "h100" else "tpu"
+    topology = topologies.get_topology_desc(TARGETS[target], platform, **options)
+    return list(topology.devices)
 
 
 def contenders() -> Mapping[str, tuple[optax.GradientTransformation, Any]]:
@@ -150,9 +147,11 @@ def _bytes_of_arrays(tree):
 
 
 # An instruction of a compiled program: its name, the shape of the result, the opcode
-# and the operands.
+# and the operands, as in
+#   %new = (f32[100]{0}, s8[100]{0}) fusion(%p, %m), kind=kLoop, calls=%fused
 _INSTRUCTION = re.compile(r"%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)")
-# The bits of a number, and the sizes of an array, which a scalar has none of.
+# The bits of a number and the sizes of an array: of s8[100,7] 8 and 100,7. A scalar,
+# f32[], has no sizes and is not found.
 _ARRAY = re.compile(r"[a-z]+(\d*)\w*\[([\d,]+)\]")
 # Instructions that name an array or copy it to the chip, beside the kernels.
 _NO_KERNEL = re.compile("parameter|constant|(get-)?tuple(-element)?|bitcast|copy-.*")
