@@ -45,6 +45,7 @@ from adamax_jax._lab.command import (
     Command,
     add_names,
     environment,
+    plural,
     positive_int,
     table,
     versions,
@@ -512,6 +513,12 @@ def _total(options):
     return None if options.rates == "search" else trainings
 
 
+def _first_line(options):
+    total = _total(options)
+    what = "A search of trainings" if total is None else plural(total, "training")
+    return f"{what} of 2 to 60 seconds each. Loading Flax ..."
+
+
 def _describe(run):
     return (
         f"{run.task}, {run.method}, learning rate {run.learning_rate:.2g}, "
@@ -569,10 +576,7 @@ COMMAND = Command(
     description=__doc__,
     epilog=_names(),
     add_options=_add_options,
-    first_line=lambda options: (
-        f"{_total(options) or 'A search of'} trainings of 2 to 60 seconds each. "
-        "Loading Flax ..."
-    ),
+    first_line=_first_line,
     needs=lambda options: FLAX | SKLEARN,
     total=_total,
     results=lambda options: study(
