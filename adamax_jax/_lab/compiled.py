@@ -272,17 +272,10 @@ def _settings(options):
     }
 
 
-def _problem(options):
-    for name in ("max_size", "repetitions"):
-        if vars(options)[name] is not None:
-            option = "--" + name.replace("_", "-")
-            return f"{option} is for times, and --for measures none: leave one out."
-    return None
-
-
 COMMAND = Command(
     name="bench",
     needs=lambda options: needs(options.targets),
+    extra="aot",
     total=lambda options: len(options.targets) * len(contenders()),
     results=lambda options: measure(options.targets),
     describe=lambda row: f"{row.device}, {row.contender}",
@@ -290,5 +283,9 @@ COMMAND = Command(
     numbers=lambda rows, options: (
         _settings(options) | {"rows": [asdict(row) for row in rows]}
     ),
-    problem=_problem,
+    problem=lambda options: (
+        "--max-size and --repetitions are for times, and --for measures none."
+        if options.max_size or options.repetitions
+        else None
+    ),
 )
