@@ -136,12 +136,10 @@ def _optax_run(optimizer, gradients, dtype=jnp.float32):
 
 
 def _flash_run(gradients):
-    from flashoptim_jax import (  # pyright: ignore[reportMissingImports]
-        flash_adam,
-    )
+    import flashoptim_jax as flash  # pyright: ignore[reportMissingImports]
 
     # Its fused kernels are for GPUs.
-    optimizer = flash_adam(LEARNING_RATE, master_weight_bits=None, fused=False)
+    optimizer = flash.flash_adam(LEARNING_RATE, master_weight_bits=None, fused=False)
     return JaxRun(optimizer.init, optimizer.step, gradients)
 
 

@@ -88,12 +88,10 @@ def devices(target: str) -> list[Any]:
         jax.config.update("jax_platforms", "cpu")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    name, platform, options = TARGETS[target], "tpu", {}
     if target == "h100":
-        options = {"topology": TARGETS[target], "target_config": _H100}
-    else:
-        options = {}
-    platform = "cuda" if target == "h100" else "tpu"
-    topology = topologies.get_topology_desc(TARGETS[target], platform, **options)
+        platform, options = "cuda", {"topology": name, "target_config": _H100}
+    topology = topologies.get_topology_desc(name, platform, **options)
     return list(topology.devices)
 
 
