@@ -249,6 +249,12 @@ def test_all_methods_are_trained_at_their_best_rate(trainings):
     ]
 
 
+def test_half_precision_is_trained_in_it():
+    """By the bytes of its state: 2, and 1 of the residual, which float32 has not."""
+    (run,) = study.study(["perceptron"], ["bfloat16, int8, two bytes"], 1, steps=1)
+    assert run.bytes_per_parameter == pytest.approx(3, abs=1e-3)
+
+
 def test_memories_are_what_they_are_called():
     """By their u, after gradients of 1, one of 9, and others of 0."""
     gradients = jnp.asarray([1.0, 9.0, *[0.0] * 8])

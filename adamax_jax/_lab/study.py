@@ -231,7 +231,10 @@ def study(
         for method in methods:
             kind, numbers = split_traced(METHODS[method])
             if kind not in trainers:
-                make = functools.partial(kind[0], **dict(kind[1]))
+                make, others = kind
+                # Not a partial of InHalf: Trainer would take it for a float32 method.
+                if others:
+                    make = functools.partial(make, **dict(others))
                 trainers[kind] = Trainer(problem, task, make, steps or task.steps)
             train = functools.partial(trainers[kind].run, name, method, **numbers)
             first_seed = 0
