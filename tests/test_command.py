@@ -224,9 +224,10 @@ def test_missing_packages_and_how_to_install_them(name, folder, monkeypatch, cap
     for module in ("flax", "sklearn"):
         monkeypatch.setitem(sys.modules, module, None)
     assert main([name]) == 1
-    assert capsys.readouterr().err.endswith(
-        f"The command {name} needs flax, scikit-learn:\n"
-        "    pip install flax scikit-learn\n"
+    # Before anything else.
+    assert capsys.readouterr().err == (
+        f"The command {name} needs flax, scikit-learn. In a clone of the repository:\n"
+        '    pip install -e ".[demo]"\n'
     )
     assert list(folder.iterdir()) == []
 
@@ -241,7 +242,7 @@ def test_missing_packages_and_how_to_install_them(name, folder, monkeypatch, cap
         (["demo", "--seed", str(2**32)], "is not a whole number below 2^32"),
         (["demo", "--figure", "a.xyz"], "'a.xyz' does not end in .pdf, .png or .svg"),
         (["bench", "--for", "v5e,h200"], "'h200' is none of v4, v5e"),
-        (["bench", "--for", "v5e", "--max-size", "9"], "--max-size is for times"),
+        (["bench", "--for", "v5e", "--max-size", "9"], "are for times"),
         (["study", "--methods", "adamax"], "'AdaMax', 'Adam'"),
     ],
 )

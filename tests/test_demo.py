@@ -86,7 +86,7 @@ def test_table_caption_figure_and_progress(training):
             f"{run['test_accuracy']:.1f}%",
         ]
     assert f"over the last {demo.FINAL_PASSES} of {EPOCHS} passes." in output
-    assert f"Default learning rates are the best for {demo.EPOCHS} passes." in output
+    assert f"Default learning rates were chosen for {demo.EPOCHS} passes." in output
     assert f"\nOne seed ({SEED}) of a small problem: not a ranking." in output
     assert " best |" not in squeezed(output)
     first, *lines = progress.splitlines()
@@ -102,19 +102,18 @@ def test_table_caption_figure_and_progress(training):
 def test_bytes_of_state():
     """Of the figure's second panel, which compares them."""
     kernel = jnp.ones([8, 8])
-    expected = {
-        "adam": 8,
-        "adamax": 8,
-        "adam-two-bytes": 2,
-        "adamax-short": 8,
-        "adamax-short-two-bytes": 2,
-    }
-    _, by_bytes = demo.PANELS.values()
-    assert by_bytes == list(expected)
-    for name, size in expected.items():
+    _, by_bytes, *_ = demo.PANELS.values()
+    for name in by_bytes:
+        size = 2 if name.endswith("two-bytes") else 8
         state = demo.CONTENDERS[name].optimizer(0.1).init(kernel)
         arrays = [x for x in jax.tree.leaves(state) if x.ndim]
         assert sum(x.nbytes for x in arrays) == size * kernel.size
+
+
+def test_every_contender_is_drawn():
+    assert {name for names in demo.PANELS.values() for name in names} == {
+        *demo.CONTENDERS
+    }
 
 
 def test_a_sweep_draws_its_best_and_trains_as_before(training, tmp_path):
@@ -126,7 +125,7 @@ def test_a_sweep_draws_its_best_and_trains_as_before(training, tmp_path):
     assert list(runs) == pytest.approx(expected)
     assert output.count("\n| AdaMax ") == len(expected)
     best = min(runs.values(), key=lambda run: run["final_cost"])
-    (marked,) = re.findall(r"^\| AdaMax +\|.*\| (\S+) best +\|", output, re.MULTILINE)
+    (marked,) = re.findall(r"^\| AdaMax +\|.*\| (\S+) best", output, re.MULTILINE)
     assert marked == f"{best['learning_rate']:g}"
     # Matplotlib names in comments what it writes; one panel has all that was trained.
     drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
@@ -145,6 +144,19 @@ def test_the_best_of_a_sweep_ends_with_the_least_cost():
     runs = [SimpleNamespace(method=name, losses=np.full(4, x)) for name, x in costs]
     best = demo._best(runs, epochs=2)
     assert best == {"sgd": runs[1], "adamax": runs[3], "adam": runs[5]}
+
+
+def test_a_best_at_the_edge_of_a_sweep_is_said():
+    def marks(*costs):
+        runs = [
+            SimpleNamespace(method="sgd", learning_rate=2.0**i, losses=np.full(4, x))
+            for i, x in enumerate(costs)
+        ]
+        return [demo._mark(run, runs, epochs=2) for run in runs]
+
+    assert marks(3.0, 1.0, 2.0) == ["", " best", ""]
+    assert marks(1.0, 2.0, 3.0) == [" best, at the edge", "", ""]
+    assert marks(3.0, 2.0, 1.0) == ["", "", " best, at the edge"]
 
 
 def test_divergence_is_valid_json_and_drawn(monkeypatch, tmp_path):

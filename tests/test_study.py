@@ -249,10 +249,10 @@ def test_all_methods_are_trained_at_their_best_rate(trainings):
     ]
 
 
-def test_a_curve_has_all_seeds_at_eight_rates(trainings):
-    list(study.study(["flow"], ["Adam"], seeds=1, rates="curve"))
-    powers = range(-4, 4)
-    assert trainings[1:] == [("Adam", p, seed) for p in powers for seed in (0, 1, 2)]
+def test_half_precision_is_trained_in_it():
+    """By the bytes of its state: 2, and 1 of the residual, which float32 has not."""
+    (run,) = study.study(["perceptron"], ["bfloat16, int8, two bytes"], 1, steps=1)
+    assert run.bytes_per_parameter == pytest.approx(3, abs=1e-3)
 
 
 def test_memories_are_what_they_are_called():
@@ -269,10 +269,10 @@ def test_memories_are_what_they_are_called():
 def test_numbers_of_a_method_are_traced():
     """The same training, compiled once for several."""
     method = study.METHODS["AdaMax, b2 = 0.99, growth 2"]
-    (make, others), numbers = study.split(method)
+    (make, others), numbers = study.split_traced(method)
     assert (make, others) == (adamax, ())
     assert numbers == {"b2": 0.99, "max_growth": 2.0}
-    assert study.split(optax.adamax) == ((optax.adamax, ()), {})
+    assert study.split_traced(optax.adamax) == ((optax.adamax, ()), {})
 
     def loss(w, batch, key):
         return (w - batch[0]) ** 2
@@ -555,6 +555,13 @@ def test_command_at_the_rates_of_the_tasks(trainings, tmp_path, capsys):
     ):
         start = f"{i}/8  {task}, {method}, learning rate {rate:.2g}, seed {seed}: "
         assert line.startswith(start)
+
+
+def test_all_settings_of_a_task_are_saved(trainings, tmp_path):
+    arguments = ["--tasks", "mixer", "--methods", "AdaMax", "--seeds", "1"]
+    table, results = run_command(tmp_path, *arguments)
+    assert results["tasks"]["mixer"].keys() == {*tasks.Task._fields} - {"make"}
+    assert "steps: mixer 500 (cosine, weight decay 0.1); Optax" in table
 
 
 def test_command_at_the_best_rates(tmp_path, capsys):

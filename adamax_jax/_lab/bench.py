@@ -5,9 +5,7 @@ array of growing size, on a transformer's 100 arrays, and on 100 small arrays. O
 small arrays the update without jit, tracing, and compiling are timed as well.
 
 Each optimizer takes turns with optax.adamax, in random order. A ratio is the median
-over rounds of the ratios within a round. The row of optax.adamax shows the noise. The
-row "copy" reads and writes an array in place: where arrays are larger than the caches,
-its GB/s are the limit for the others.
+over rounds of the ratios within a round. The row of optax.adamax shows the noise.
 
 Time and memory: TIME. Both grow with --max-size.
 
@@ -23,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -36,8 +33,10 @@ from adamax_jax._lab.command import (
     Command,
     environment,
     is_installed,
+    plural,
     positive_int,
     table,
+    versions,
 )
 from adamax_jax._lab.contenders import (
     HALF,
@@ -55,13 +54,14 @@ SETTLE = 0.01
 SIZES = (100_000, 1_600_000, 16_000_000)
 MANY = "100 arrays of 1000"
 TREES = {"a transformer's 100 arrays": shapes.transformer(), MANY: shapes.many()}
-# Contenders that are measured where they are installed: modules and their packages.
+# Contenders that are measured on CPUs, if installed: modules and their packages.
 OPTIONAL = {"torch": "torch", "flashoptim_jax": "flashoptim-jax"}
 
-TIME = "about four minutes and 2 GB on two cores"
+TIME = "about five minutes and 2 GB on two cores"
 # What is timed; tracing and compiling with empty caches.
 STEP, EAGER = "compiled step", "update without jit"
 TRACE, COMPILE = "trace and lower", "compile"
+CALL_TIMES = (EAGER, TRACE, COMPILE)
 # The contenders of all but steps: compiling takes a minute a round for all.
 CALLED = (
     REFERENCE,
@@ -95,7 +95,6 @@ class JaxRun:
         jitted = jax.jit(step, donate_argnums=(0, 1))
         self._step = jitted.lower(self._params, self._state, gradients).compile()
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state))
-        self.moved_bytes = compiled.ideal_bytes(gradients, self._state)
         analysis = self._step.memory_analysis()
         self.temporary_bytes = analysis.temp_size_in_bytes if analysis else None
 
@@ -107,49 +106,28 @@ class JaxRun:
         jax.block_until_ready((self._params, self._state))
 
 
-class CopyRun:
-    """Reads and writes as many numbers as there are parameters, in place."""
-
-    state_bytes = temporary_bytes = 0
-
-    def __init__(self, gradients: Tree):
-        size = sum(x.size for x in jax.tree.leaves(gradients))
-        self._array = jnp.ones(size, jnp.float32)
-        self._negate = jax.jit(jnp.negative, donate_argnums=0)
-        self.moved_bytes = 2 * self._array.nbytes
-
-    def __call__(self) -> None:
-        """Negates the array and waits for it."""
-        self._array = self._negate(self._array).block_until_ready()
-
-
 class TorchRun:
-    """``torch.optim.Adamax``, its arrays handled together (foreach)."""
+    """``torch.optim.Adamax`` on a CPU, its arrays handled together (foreach)."""
 
     temporary_bytes = None
 
     def __init__(self, gradients: Tree):
         import torch  # pyright: ignore[reportMissingImports]
 
-        self._cuda = torch.cuda if jax.default_backend() == "gpu" else None
-        device = "cuda" if self._cuda else "cpu"
         params = []
         for g in gradients.values():
-            param = torch.nn.Parameter(torch.ones(g.shape, device=device))
-            param.grad = torch.tensor(np.asarray(g), device=device)
+            param = torch.nn.Parameter(torch.ones(g.shape))
+            param.grad = torch.tensor(np.asarray(g))
             params.append(param)
         self._optimizer = torch.optim.Adamax(params, LEARNING_RATE, foreach=True)
         self()
         self.state_bytes = sum(
             x.nbytes for s in self._optimizer.state.values() for x in s.values()
         )
-        self.moved_bytes = 3 * sum(p.nbytes for p in params) + 2 * self.state_bytes
 
     def __call__(self) -> None:
-        """Takes a step and waits for it."""
+        """Takes a step."""
         self._optimizer.step()
-        if self._cuda:
-            self._cuda.synchronize()
 
 
 def _optax_run(optimizer, gradients, dtype=jnp.float32):
@@ -158,13 +136,10 @@ def _optax_run(optimizer, gradients, dtype=jnp.float32):
 
 
 def _flash_run(gradients):
-    from flashoptim_jax import (  # pyright: ignore[reportMissingImports]
-        flash_adam,
-    )
+    import flashoptim_jax as flash  # pyright: ignore[reportMissingImports]
 
-    optimizer = flash_adam(
-        LEARNING_RATE, master_weight_bits=None, fused=jax.default_backend() == "gpu"
-    )
+    # Its fused kernels are for GPUs.
+    optimizer = flash.flash_adam(LEARNING_RATE, master_weight_bits=None, fused=False)
     return JaxRun(optimizer.init, optimizer.step, gradients)
 
 
@@ -175,17 +150,16 @@ def contenders() -> dict[str, Callable[[Tree], Any]]:
     """
     flattened = optax.flatten(OPTIMIZERS["adamax float32"])
     in_float32 = OPTIMIZERS | {"adamax float32, flattened": flattened}
-    makers: dict[str, Callable[[Tree], Any]] = {"copy": CopyRun}
+    makers: dict[str, Callable[[Tree], Any]] = {}
     for name, optimizer in in_float32.items():
         makers[name] = functools.partial(_optax_run, optimizer)
     for name, optimizer in HALF.items():
         makers[name] = functools.partial(_optax_run, optimizer, dtype=jnp.bfloat16)
-    if is_installed("torch"):
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and is_installed("torch"):
         makers["torch Adamax"] = TorchRun
-    if is_installed("flashoptim_jax"):
-        # Its kernels are for GPUs.
-        fused = "fused" if jax.default_backend() == "gpu" else "not fused"
-        makers[f"flashoptim-jax Adam, 8 bits, {fused}"] = _flash_run
+    if on_cpu and is_installed("flashoptim_jax"):
+        makers["flashoptim-jax Adam, 8 bits, not fused"] = _flash_run
     return makers
 
 
@@ -237,7 +211,6 @@ class Row:
     # Its time relative to that of optax.adamax in the same round.
     ratio: Spread
     # Of compiled steps alone, and None where they are not known.
-    moved_bytes: int | None
     state_bytes: int | None
     temporary_bytes: int | None
 
@@ -250,7 +223,6 @@ def _row(time_of, name, arrays, contender, pairs, run=None):
         contender=contender,
         milliseconds=_spread([1e3 * seconds for seconds, _ in pairs]),
         ratio=_spread([seconds / reference for seconds, reference in pairs]),
-        moved_bytes=run and run.moved_bytes,
         state_bytes=run and run.state_bytes,
         temporary_bytes=run and run.temporary_bytes,
     )
@@ -288,8 +260,8 @@ def call_rows(
     The last two take long and vary little: they have a quarter of the rounds.
     """
     gradients = gradients_for(arrays)
-    few = max(1, rounds // 4)
-    for time_of, turns in ((EAGER, rounds), (TRACE, few), (COMPILE, few)):
+    for time_of in CALL_TIMES:
+        turns = rounds if time_of == EAGER else max(1, rounds // 4)
         reference = _call(time_of, OPTIMIZERS[REFERENCE], gradients)
         for contender in CALLED:
             own = _call(time_of, OPTIMIZERS[contender], gradients)
@@ -298,7 +270,7 @@ def call_rows(
 
 
 def _call(time_of, optimizer, gradients):
-    """Measures an update without jit, tracing, or compiling."""
+    """What takes one of the times CALL_TIMES: without jit, to trace, or to compile."""
     state = optimizer.init(gradients)
     if time_of == EAGER:
         return settled(
@@ -354,42 +326,40 @@ def _results(options):
 def _total(options):
     """How many rows there will be, if no contender is left out."""
     trees = _trees(options)
-    calls = 3 * len(CALLED) if MANY in trees else 0
+    calls = len(CALL_TIMES) * len(CALLED) if MANY in trees else 0
     return len(trees) * len(contenders()) + calls
 
 
 def _text(rows: Sequence[Row], options: argparse.Namespace) -> str:
-    columns = ["arrays", "time of", "optimizer", "ms", "time / optax.adamax", "GB/s"]
-    columns += [f"{x}, bytes per parameter" for x in ("moved", "state", "temporary")]
+    columns = ["arrays", "time of", "optimizer", "ms", "time / optax.adamax"]
+    columns += [f"{x}, bytes per parameter" for x in ("state", "temporary")]
     lines = []
     for row in rows:
         line = [row.arrays, row.time_of, row.contender]
         for median, low, high in (row.milliseconds, row.ratio):
             line.append(f"{median:.2f} ({low:.2f} to {high:.2f})")
-        moved, (milliseconds, _, _) = row.moved_bytes, row.milliseconds
-        line.append("" if moved is None else f"{moved / milliseconds / 1e6:.1f}")
-        for size in (moved, row.state_bytes, row.temporary_bytes):
+        for size in (row.state_bytes, row.temporary_bytes):
             line.append("" if size is None else f"{size / row.parameters:.2f}")
         lines.append(line)
     settings = _settings(options)
-    versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
+    listed = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     return table(columns, lines) + (
-        f"\n\nMedians of {settings['rounds']} rounds after {WARM_UP} of warm-up (of "
-        "tracing and compiling, of a quarter), and from the tenth to the ninetieth "
-        "percentile; parameters and gradients in float32, or bfloat16 where a row "
-        f"begins with it; {settings['environment']}, {settings['cores']} cores; "
-        f"{versions}; {settings['command']}.\n"
+        f"\n\nMedians of {plural(settings['rounds'], 'round')} after {WARM_UP} of "
+        "warm-up (of tracing and compiling, of a quarter), and from the tenth to the "
+        "ninetieth percentile; parameters and gradients in float32, or bfloat16 where "
+        f"a row begins with it; {settings['environment']}, {settings['cores']} cores; "
+        f"{listed}; {settings['command']}.\n"
     )
 
 
 def _settings(options):
-    packages = ["adamax_jax", "jax", "jaxlib", "optax"]
-    packages += [OPTIONAL[module] for module in OPTIONAL if is_installed(module)]
     given = {"max-size": options.max_size, "repetitions": options.repetitions}
     given = [f" --{name} {value}" for name, value in given.items() if value]
     return {
         "environment": environment(),
-        "versions": {package: version(package) for package in packages},
+        "versions": versions(
+            "adamax_jax", "jax", "jaxlib", "optax", *OPTIONAL.values()
+        ),
         "cores": os.cpu_count(),
         "rounds": options.repetitions or REPETITIONS,
         "command": f"python -m adamax_jax bench{''.join(given)}",
@@ -433,7 +403,7 @@ COMMAND = Command(
     name="bench",
     help="measure what an update costs, beside other optimizers",
     description=(__doc__ or "").replace("TIME", TIME),
-    epilog="Measured where installed: " + ", ".join(OPTIONAL.values()) + ".",
+    epilog="Measured on CPUs, if installed: " + ", ".join(OPTIONAL.values()) + ".",
     add_options=_add_options,
     first_line=lambda options: (
         f"{_total(options)} rows, {TIME} at the default sizes. Making arrays ..."

@@ -5,17 +5,18 @@ results one after the other, and how they are shown.
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 import json
 import math
 import os
 import platform
-import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ class Command:
     name: str
     # Why the options contradict each other, or None.
     problem: Callable[[Options], str | None] = lambda options: None
-    # Printed before anything slow is imported.
-    first_line: Callable[[Options], str | None] = lambda options: None
     # Modules that the command imports, with the packages that have them.
     needs: Callable[[Options], Mapping[str, str]] = lambda options: {}
+    # The extra of this package that installs them.
+    extra: str = "demo"
+    # Printed before anything slow is imported.
+    first_line: Callable[[Options], str | None] = lambda options: None
     # How many results there will be, if that is known.
     total: Callable[[Options], int | None] = lambda options: None
     # Yields one result after the other.
@@ -93,14 +96,12 @@ def run(command: Command, options: Options) -> int:
     if problem := command.problem(options):
         print(problem, file=sys.stderr)
         return 2
-    if problem := _unwritable([path for path, _ in files]):
+    paths = [path for path, _ in files]
+    if problem := _missing(command, options) or _unwritable(paths):
         print(problem, file=sys.stderr)
         return 1
     if line := command.first_line(options):
         print(line, file=sys.stderr, flush=True)
-    if problem := _missing(command, options):
-        print(problem, file=sys.stderr)
-        return 1
     total = command.total(options)
     # A figure takes long to draw.
     often = [file for file in files if file[1] is not command.draw]
@@ -192,8 +193,8 @@ def _missing(command, options):
     if not missing:
         return None
     return (
-        f"The command {command.name} needs {', '.join(missing)}:\n"
-        f"    pip install {shlex.join(missing)}"
+        f"The command {command.name} needs {', '.join(missing)}. "
+        f'In a clone of the repository:\n    pip install -e ".[{command.extra}]"'
     )
 
 
@@ -250,6 +251,11 @@ def add_names(
     )
 
 
+def plural(count: int, noun: str) -> str:
+    """A number of things."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, its columns aligned."""
     lines = [columns, *rows]
@@ -261,6 +267,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         + " |"
         for line in lines
     )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of these packages, but for those that are not installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def environment() -> str:

@@ -4,14 +4,12 @@ JAX compiles for TPUs and GPUs without having them. The programs are read, not r
 """
 
 import argparse
-import contextlib
 import math
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
@@ -20,7 +18,7 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from adamax_jax._lab.command import Command, is_installed, table
+from adamax_jax._lab.command import Command, is_installed, table, versions
 from adamax_jax._lab.contenders import HALF, OPTIMIZERS, REFERENCE, optax_step
 
 # A matrix that does not fit on the chip, where compilers keep smaller arrays.
@@ -90,16 +88,11 @@ def devices(target: str) -> list[Any]:
         jax.config.update("jax_platforms", "cpu")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    name, platform, options = TARGETS[target], "tpu", {}
     if target == "h100":
-        platform, options = (
-            "cuda",
-            {"topology": TARGETS[target], "target_config": _H100},
-        )
-    else:
-        platform, options = "tpu", {}
-    return list(
-        topologies.get_topology_desc(TARGETS[target], platform, **options).devices
-    )
+        platform, options = "cuda", {"topology": name, "target_config": _H100}
+    topology = topologies.get_topology_desc(name, platform, **options)
+    return list(topology.devices)
 
 
 def contenders() -> Mapping[str, tuple[optax.GradientTransformation, Any]]:
@@ -143,18 +136,20 @@ def ideal_bytes(params: Any, state: Any) -> int:
 
     It reads the gradient once, and reads and writes the parameters and the state once.
     """
-    return 3 * _bytes_of(params) + 2 * _bytes_of(state)
+    return 3 * _bytes_of_arrays(params) + 2 * _bytes_of_arrays(state)
 
 
-def _bytes_of(tree):
+def _bytes_of_arrays(tree):
     leaves = jax.tree.leaves(tree)
     return sum(x.size * x.dtype.itemsize for x in leaves if x.size > 1)
 
 
 # An instruction of a compiled program: its name, the shape of the result, the opcode
-# and the operands.
+# and the operands, as in
+#   %new = (f32[100]{0}, s8[100]{0}) fusion(%p, %m), kind=kLoop, calls=%fused
 _INSTRUCTION = re.compile(r"%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)")
-# The bits of a number, and the sizes of an array, which a scalar has none of.
+# The bits of a number and the sizes of an array: of s8[100,7] 8 and 100,7. A scalar,
+# f32[], has no sizes and is not found.
 _ARRAY = re.compile(r"[a-z]+(\d*)\w*\[([\d,]+)\]")
 # Instructions that name an array or copy it to the chip, beside the kernels.
 _NO_KERNEL = re.compile("parameter|constant|(get-)?tuple(-element)?|bitcast|copy-.*")
@@ -256,40 +251,29 @@ def _text(rows: Sequence[CompiledRow], options: argparse.Namespace) -> str:
         for row in rows
     ]
     settings = _settings(options)
-    versions = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
+    listed = ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     return table(columns, cells) + (
         f"\n\nCompiled, not run: nothing here is a time. A step on {MATRIX[0]} x "
         f"{MATRIX[1]} parameters, in float32 with such gradients, or "
         "in bfloat16 where a row begins with it. Ideal is to read the gradient once, "
         "and to read and write parameters and state once; optax.adamax is that of the "
-        f"same parameters. {versions}; {settings['command']}.\n"
+        f"same parameters. {listed}; {settings['command']}.\n"
     )
 
 
 def _settings(options):
-    versions = {}
-    for package in VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
     return {
         "compiled_not_run": True,
-        "versions": versions,
+        "versions": versions(*VERSIONS),
         "shape": MATRIX,
         "command": f"python -m adamax_jax bench --for {','.join(options.targets)}",
     }
 
 
-def _problem(options):
-    for name in ("max_size", "repetitions"):
-        if vars(options)[name] is not None:
-            option = "--" + name.replace("_", "-")
-            return f"{option} is for times, and --for measures none: leave one out."
-    return None
-
-
 COMMAND = Command(
     name="bench",
     needs=lambda options: needs(options.targets),
+    extra="aot",
     total=lambda options: len(options.targets) * len(contenders()),
     results=lambda options: measure(options.targets),
     describe=lambda row: f"{row.device}, {row.contender}",
@@ -297,5 +281,9 @@ COMMAND = Command(
     numbers=lambda rows, options: (
         _settings(options) | {"rows": [asdict(row) for row in rows]}
     ),
-    problem=_problem,
+    problem=lambda options: (
+        "--max-size and --repetitions are for times, and --for measures none."
+        if options.max_size or options.repetitions
+        else None
+    ),
 )

@@ -26,6 +26,7 @@ from adamax_jax._lab.command import (
     add_names,
     environment,
     file_path,
+    plural,
     positive_int,
     table,
 )
@@ -54,9 +55,10 @@ class Contender(NamedTuple):
     style: Any
 
 
-# The learning rates are the best of `demo --sweep`. The colours are Okabe and Ito's and
-# Tol's, which colour-blind readers can tell apart; the line styles serve print.
-PAPER = {
+# The learning rates were chosen with `demo --sweep`, of seed 0 and EPOCHS. The colours
+# are Okabe and Ito's and Tol's, which colour-blind readers can tell apart; the line
+# styles serve print.
+CONTENDERS = {
     "adagrad": Contender("AdaGrad", optax.adagrad, 0.2, "#E69F00", (0, (1, 1))),
     "rmsprop": Contender("RMSProp", optax.rmsprop, 0.002, "#009E73", "-."),
     "sgd": Contender(
@@ -69,8 +71,6 @@ PAPER = {
     "adadelta": Contender("AdaDelta", optax.adadelta, 2.0, "#CC79A7", (0, (5, 3))),
     "adam": Contender("Adam", optax.adam, 0.001, "#0072B2", "--"),
     "adamax": Contender("AdaMax", adamax, 0.008, "#D55E00", "-"),
-}
-FURTHER = {
     "adam-two-bytes": Contender(
         "Adam, two bytes",
         functools.partial(adam, **TWO_BYTES),
@@ -93,15 +93,23 @@ FURTHER = {
         (0, (1, 1)),
     ),
 }
-CONTENDERS = PAPER | FURTHER
-# The panels of the figure, by their titles.
+# The panels of the figure, by their titles. Each contender is in one at least.
 PANELS = {
-    "Figure 2 of the Adam paper, and AdaMax": list(PAPER),
-    "Adam and AdaMax, by bytes of state, each at its own rate": [
+    "Figure 2 of the Adam paper, and AdaMax": (
+        "adagrad",
+        "rmsprop",
+        "sgd",
+        "adadelta",
         "adam",
         "adamax",
-        *FURTHER,
-    ],
+    ),
+    "Adam and AdaMax, by bytes of state, each at its own rate": (
+        "adam",
+        "adamax",
+        "adam-two-bytes",
+        "adamax-short",
+        "adamax-short-two-bytes",
+    ),
 }
 
 
@@ -141,7 +149,7 @@ def _add_options(parser):
         "--sweep",
         action="store_true",
         help="train each at 1/8 to 8 times its learning rate, in steps of 2, and draw "
-        "its best",
+        "its best; the table says where that is at the edge",
     )
     parser.add_argument(
         "--figure",
@@ -182,7 +190,8 @@ def _total(options):
 
 
 def _first_line(options):
-    return f"{_total(options)} trainings of 2 to 8 seconds each. Loading Flax ..."
+    trainings = plural(_total(options), "training")
+    return f"{trainings} of 2 to 8 seconds each. Loading Flax ..."
 
 
 def _best(runs, epochs):
@@ -196,15 +205,14 @@ def _best(runs, epochs):
 
 
 def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
-    best = _best(runs, options.epochs)
     columns = ["optimizer", "bytes per parameter", "learning rate", "training cost"]
     columns += ["test accuracy", "seconds"]
     rows = [
         [
             CONTENDERS[run.method].label,
-            f"{_bytes_of(run):.2f}",
+            f"{run.bytes_per_parameter:.2f}",
             f"{run.learning_rate:g}"
-            + (" best" if options.sweep and best[run.method] is run else ""),
+            + (_mark(run, runs, options.epochs) if options.sweep else ""),
             f"{final_cost(run, options.epochs):.4f}",
             f"{run.metrics[1]:.1f}%",
             f"{run.seconds:.1f}",
@@ -214,7 +222,7 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     return table(columns, rows) + (
         "\n\nTraining cost: mean cross-entropy with dropout, in nats, over the last "
         f"{min(FINAL_PASSES, options.epochs)} of {options.epochs} passes. Bytes are "
-        "those of the optimizer's state. Default learning rates are the best for "
+        "those of the optimizer's state. Default learning rates were chosen for "
         f"{EPOCHS} passes. {environment()}.\n"
         f"One seed ({options.seed}) of a small problem: not a ranking. "
         "`python -m adamax_jax study` compares with\nfive seeds. What to choose: "
@@ -222,9 +230,13 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
     )
 
 
-def _bytes_of(run):
-    """The bytes of state per parameter."""
-    return run.state_bytes / run.parameters
+def _mark(run, runs, epochs):
+    """Marks the best run of an optimizer in a sweep, which may be at its edge."""
+    if _best(runs, epochs)[run.method] is not run:
+        return ""
+    rates = [other.learning_rate for other in runs if other.method == run.method]
+    at_edge = run.learning_rate in (min(rates), max(rates))
+    return " best, at the edge" if at_edge else " best"
 
 
 def _numbers(runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]:
@@ -238,7 +250,7 @@ def _numbers(runs: Sequence[Run], options: argparse.Namespace) -> dict[str, Any]
                 "costs": costs_of(run, options.epochs).tolist(),
                 "final_cost": final_cost(run, options.epochs),
                 "test_accuracy": run.metrics[1],
-                "bytes_per_parameter": _bytes_of(run),
+                "bytes_per_parameter": run.bytes_per_parameter,
             }
             for run in runs
         ],
@@ -267,7 +279,7 @@ def _draw(runs: Sequence[Run], options: argparse.Namespace) -> None:
         axes.legend(handlelength=3.5, fontsize="small")
     rows[0][0].set_ylabel("training cost (cross-entropy with dropout, nats)")
     figure.suptitle(
-        "Multilayer perceptron with dropout, handwritten digits, one seed; faint: each "
+        "Multilayer perceptron with dropout, handwritten digits, one seed\nfaint: each "
         f"pass; strong: geometric mean over up to {2 * NEIGHBOURS + 1} passes",
         fontsize="small",
     )
@@ -285,7 +297,10 @@ def _draw_run(axes, run, epochs):
         color=color,
         linestyle=style,
         linewidth=1.8,
-        label=f"{label.removesuffix(', two bytes')}: {_bytes_of(run):.0f} bytes, "
+        # A line needs two points.
+        marker="o" if len(costs) == 1 else None,
+        label=f"{label.removesuffix(', two bytes')}: "
+        f"{run.bytes_per_parameter:.0f} bytes, "
         f"learning rate {run.learning_rate:g}",
     )
 
@@ -305,7 +320,7 @@ COMMAND = Command(
     name="demo",
     help="train Adam, AdaMax and others, in 8 to 2 bytes, and draw the figure",
     description=__doc__,
-    epilog="default learning rates, the best of --sweep:"
+    epilog=f"default learning rates, chosen with --sweep, seed 0, {EPOCHS} passes:"
     + "".join(f"\n  {name}={c.learning_rate}" for name, c in CONTENDERS.items()),
     add_options=_add_options,
     needs=lambda options: FLAX | SKLEARN | MATPLOTLIB,

@@ -6,11 +6,10 @@ pairs. By default that is AdaMax with its state stored in several ways, at the l
 rates of the tasks, which were chosen on float32; optax.adamax differs from AdaMax in
 rounding alone, and tells how far that goes.
 
-With --rates search each method is trained at its own best learning rate: for every task
-and method, rates a factor of 2 apart are tried with seeds 0 and 1 until the best lies
-between two others; then other seeds are trained at the best. With --rates curve all are
-trained at eight rates, from a sixteenth of the task's to eight times it. Seeds 0 and 1,
-which chose the rate, are in no mean and no difference then.
+With --rates search each method is trained at its own best learning rate: for every
+task and method, rates a factor of 2 apart are tried with seeds 0 and 1 until the best
+lies between two others; then other seeds are trained at the best. Seeds 0 and 1, which
+chose the rate, are in no mean and no difference then.
 
 "--methods memory" asks how long AdaMax should remember, and by which factor u may grow
 in a step: Adam at five b2, and AdaMax on a grid of both. Of each task and each method
@@ -31,7 +30,6 @@ import statistics
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -47,14 +45,12 @@ from adamax_jax._lab.command import (
     Command,
     add_names,
     environment,
+    plural,
     positive_int,
     table,
+    versions,
 )
-from adamax_jax._lab.contenders import (
-    BFLOAT16,
-    TWO_BYTES,
-    with_float32_copy,
-)
+from adamax_jax._lab.contenders import BFLOAT16, TWO_BYTES, with_float32_copy
 from adamax_jax._lab.tasks import FURTHER, TASKS
 from adamax_jax._lab.train import InHalf, Method, Run, Trainer
 from adamax_jax._lab.varied import VARIED
@@ -65,11 +61,9 @@ REFERENCES = ("Adam", "AdaMax", "bfloat16, master weights")
 # The Adam whose mean over seeds is best, where several b2 were trained.
 BEST_ADAM = "Adam at its best b2"
 # The seeds that choose a learning rate, and are not counted.
-SEARCH = (0, 1)
+SEARCH_SEEDS = (0, 1)
 # A search that goes further than this finds no best.
 MOST_RATES = 12
-# The learning rates of a curve, as powers of 2 beside the task's.
-CURVE = range(-4, 4)
 
 
 def _all_but_last(path, leaf):
@@ -142,7 +136,8 @@ HALF: Methods = {
     )
 }
 # How long AdaMax remembers, and by which factor u may grow in a step: the grid from
-# which a setting is recommended.
+# which a setting is recommended. Floats are traced, so that one compilation serves the
+# grid; integers are not (`split_traced`).
 GRID: Methods = {
     f"AdaMax, b2 = {b2}" + (f", growth {k}" if k else ""): functools.partial(
         adamax, b2=b2, **({"max_growth": float(k)} if k else {})
@@ -234,39 +229,25 @@ def study(
         exponent = 0
         trainers: dict[Any, Trainer] = {}
         for method in methods:
-            kind, numbers = split(METHODS[method])
+            kind, numbers = split_traced(METHODS[method])
             if kind not in trainers:
-                make = functools.partial(kind[0], **dict(kind[1]))
+                make, others = kind
+                # Not a partial of InHalf: Trainer would take it for a float32 method.
+                if others:
+                    make = functools.partial(make, **dict(others))
                 trainers[kind] = Trainer(problem, task, make, steps or task.steps)
-
-            def train(
-                exponent,
-                seed,
-                name=name,
-                method=method,
-                trainer=trainers[kind],
-                numbers=numbers,
-            ):
-                rate = ALL_TASKS[name].learning_rate * 2.0**exponent
-                return trainer.run(name, method, rate, seed, **numbers)
-
-            if rates == "curve":
-                for power in CURVE:
-                    for seed in range(len(SEARCH) + seeds):
-                        yield train(power, seed)
-                continue
+            train = functools.partial(trainers[kind].run, name, method, **numbers)
+            first_seed = 0
             if rates == "search":
                 # It begins where that of the method before ended.
-                exponent = yield from _search(train, exponent)
-                for seed in range(len(SEARCH), len(SEARCH) + seeds):
-                    yield train(exponent, seed)
-                continue
-            for seed in range(seeds):
-                yield train(exponent, seed)
+                exponent = yield from _search(train, task.learning_rate, exponent)
+                first_seed = len(SEARCH_SEEDS)
+            for seed in range(first_seed, first_seed + seeds):
+                yield train(task.learning_rate * 2.0**exponent, seed)
 
 
-def split(method: Method) -> tuple[Any, dict[str, float]]:
-    """What is compiled once, and the numbers of it that are traced."""
+def split_traced(method: Method) -> tuple[Any, dict[str, float]]:
+    """Splits a method into what is compiled once and the floats that are traced."""
     if not isinstance(method, functools.partial):
         return (method, ()), {}
     numbers = {k: v for k, v in method.keywords.items() if isinstance(v, float)}
@@ -274,11 +255,11 @@ def split(method: Method) -> tuple[Any, dict[str, float]]:
     return (method.func, tuple(sorted(others.items()))), numbers
 
 
-def _search(train, exponent):
-    """Yields runs of SEARCH at several learning rates; returns the best's power."""
+def _search(train, learning_rate, exponent):
+    """Yields runs at multiples of a learning rate; returns the best's power of 2."""
     costs: dict[int, float] = {}
     while (exponent := next_exponent(costs, exponent)) not in costs:
-        runs = [train(exponent, seed) for seed in SEARCH]
+        runs = [train(learning_rate * 2.0**exponent, seed) for seed in SEARCH_SEEDS]
         costs[exponent] = mean_cost(runs)
         yield from runs
     return exponent
@@ -309,7 +290,7 @@ def cost(run: Run) -> float:
 
 
 def mean_cost(runs: Iterable[Run]) -> float:
-    """Of the seeds that choose a learning rate."""
+    """Infinite if one of the trainings diverged."""
     return float(np.mean([cost(run) for run in runs]))
 
 
@@ -343,7 +324,7 @@ class Row:
     method: str
     bytes_per_parameter: float
     learning_rate: float
-    # The metric, a mean of SEARCH, for each learning rate that was tried.
+    # The metric, a mean of SEARCH_SEEDS, for each learning rate that was tried.
     search: dict[float, float]
     seeds: int
     value: Estimate
@@ -353,40 +334,38 @@ class Row:
 
 def summarize(runs: Iterable[Run]) -> list[Row]:
     """The rows of the runs there are, all methods of a metric after each other."""
-    groups: dict[str, dict[str, list[Run]]] = {}
+    groups: dict[str, dict[str, list[Run]]] = {task: {} for task in ALL_TASKS}
     for run in runs:
-        groups.setdefault(run.task, {}).setdefault(run.method, []).append(run)
-    return [
-        _row(task, metric, i, method, groups[task])
-        for task in ALL_TASKS
-        if task in groups
-        for i, metric in enumerate(ALL_TASKS[task].metrics)
-        for method in groups[task]
-    ]
+        groups[run.task].setdefault(run.method, []).append(run)
+    rows = []
+    for task, methods in groups.items():
+        best = {method: _at_best(all_runs) for method, all_runs in methods.items()}
+        for i, metric in enumerate(ALL_TASKS[task].metrics):
+            for method, all_runs in methods.items():
+                rows.append(_row(task, metric, i, method, all_runs, best))
+    return rows
 
 
-def _row(task, metric, i, method, methods):
-    all_runs = methods[method]
-    runs = _at_best(all_runs)
+def _row(task, metric, i, method, all_runs, best):
+    """A row, given all runs of its method and those at the best rate of each method."""
+    runs = best[method]
     differences = {}
-    for name, reference in _references(methods).items():
-        if reference == method:
-            continue
-        values = {run.seed: run.metrics[i] for run in _at_best(methods[reference])}
+    for name, reference in _references(best).items():
+        values = {run.seed: run.metrics[i] for run in best[reference]}
         pairs = [
             run.metrics[i] - values[run.seed] for run in runs if run.seed in values
         ]
-        if pairs:
+        if pairs and reference != method:
             differences[name] = estimate(pairs)
     return Row(
         task=task,
         metric=metric,
         method=method,
-        bytes_per_parameter=runs[0].state_bytes / runs[0].parameters,
+        bytes_per_parameter=runs[0].bytes_per_parameter,
         learning_rate=runs[0].learning_rate,
         search={
-            rate: float(np.mean([r.metrics[i] for r in _searched(all_runs, rate)]))
-            for rate in sorted({run.learning_rate for run in all_runs})
+            rate: float(np.mean([run.metrics[i] for run in tried]))
+            for rate, tried in _searched(all_runs).items()
         },
         seeds=len(runs),
         value=estimate([run.metrics[i] for run in runs]),
@@ -394,32 +373,32 @@ def _row(task, metric, i, method, methods):
     )
 
 
-def _references(methods):
+def _references(best):
     """Which methods the others are compared to, by the names of the columns."""
-    references = {name: name for name in REFERENCES if name in methods}
-    adams = [name for name in ADAM if name in methods]
+    references = {name: name for name in REFERENCES if name in best}
+    adams = [name for name in ADAM if name in best]
     if len(adams) > 1:
-        references[BEST_ADAM] = min(
-            adams,
-            key=lambda name: np.mean([cost(run) for run in _at_best(methods[name])]),
-        )
+        references[BEST_ADAM] = min(adams, key=lambda name: mean_cost(best[name]))
     return references
 
 
 def _at_best(runs):
     """The runs at the best learning rate, by seed, but for those that chose it."""
-    rates = sorted({run.learning_rate for run in runs})
+    tried = _searched(runs)
     # Where nothing was learned at any, the search ended at the lowest.
-    best = min(rates, key=lambda rate: mean_cost(_searched(runs, rate)))
+    best = min(tried, key=lambda rate: mean_cost(tried[rate]))
     at_best = [run for run in runs if run.learning_rate == best]
-    if len(rates) > 1:
-        at_best = [run for run in at_best if run.seed not in SEARCH] or at_best
+    if len(tried) > 1:
+        at_best = [run for run in at_best if run.seed not in SEARCH_SEEDS] or at_best
     return sorted(at_best, key=lambda run: run.seed)
 
 
-def _searched(runs, rate):
-    """The runs at a learning rate whose seeds choose among several."""
-    return [run for run in runs if run.learning_rate == rate and run.seed in SEARCH]
+def _searched(runs):
+    """For each learning rate, from the lowest on, the runs that choose among them."""
+    return {
+        rate: [r for r in runs if r.learning_rate == rate and r.seed in SEARCH_SEEDS]
+        for rate in sorted({run.learning_rate for run in runs})
+    }
 
 
 def digits_to_show(values: Iterable[Estimate]) -> int:
@@ -489,10 +468,10 @@ def _add_options(parser):
     )
     parser.add_argument(
         "--rates",
-        choices=("task", "search", "curve"),
+        choices=("task", "search"),
         default="task",
-        help="the learning rates: the task's; each method's best, which is searched "
-        "for; or eight around the task's (default: %(default)s)",
+        help="the learning rates: the task's, or each method's best, which is "
+        "searched for (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds",
@@ -533,19 +512,14 @@ def _methods(options):
 
 def _total(options):
     """How many trainings there will be; a search does not know."""
-    seeds = {"task": options.seeds, "curve": len(CURVE) * (len(SEARCH) + options.seeds)}
-    trainings = len(set(options.tasks)) * len(_methods(options))
-    return None if options.rates == "search" else trainings * seeds[options.rates]
+    trainings = len(set(options.tasks)) * len(_methods(options)) * options.seeds
+    return None if options.rates == "search" else trainings
 
 
-def _results(options):
-    return study(
-        dict.fromkeys(options.tasks),
-        _methods(options),
-        options.seeds,
-        options.steps,
-        rates=options.rates,
-    )
+def _first_line(options):
+    total = _total(options)
+    what = "A search of trainings" if total is None else plural(total, "training")
+    return f"{what} of 2 to 60 seconds each. Loading Flax ..."
 
 
 def _describe(run):
@@ -557,21 +531,13 @@ def _describe(run):
 
 def _settings(runs, options):
     """What the numbers come from."""
-    packages = ("adamax_jax", "jax", "optax", "flax", "scikit-learn")
     return {
         "environment": environment(),
-        "versions": {package: version(package) for package in packages},
+        "versions": versions("adamax_jax", "jax", "optax", "flax", "scikit-learn"),
         "seeds": options.seeds,
         "rates": options.rates,
         "tasks": {
-            name: {
-                "metrics": task.metrics,
-                "learning_rate": task.learning_rate,
-                "schedule": "cosine" if task.cosine else "constant",
-                "warm_up": task.warm_up,
-                "steps": options.steps or task.steps,
-                "batch": task.batch,
-            }
+            name: task.settings() | {"steps": options.steps or task.steps}
             for name, task in ALL_TASKS.items()
             if any(run.task == name for run in runs)
         },
@@ -592,12 +558,11 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> str:
         "task": "Learning rates are the tasks', chosen for AdaMax",
         "search": "Learning rates are the best of those a factor of 2 apart, by seeds "
         "0 and 1, which are not counted",
-        "curve": "Learning rates are the best of eight, by seeds 0 and 1, which are "
-        "not counted",
     }[options.rates]
     trained = ", ".join(
-        f"{name} {task['steps']} ({task['schedule']}"
-        + (f", {task['warm_up']:.0%} warm-up)" if task["warm_up"] else ")")
+        f"{name} {task['steps']} ({'cosine' if task['cosine'] else 'constant'}"
+        + (f", {task['warm_up']:.0%} warm-up" if task["warm_up"] else "")
+        + (f", weight decay {task['weight_decay']})" if task["weight_decay"] else ")")
         for name, task in settings["tasks"].items()
     )
     return (
@@ -614,13 +579,16 @@ COMMAND = Command(
     description=__doc__,
     epilog=_names(),
     add_options=_add_options,
-    first_line=lambda options: (
-        f"{_total(options) or 'A search of'} trainings of 2 to 60 seconds each. "
-        "Loading Flax ..."
-    ),
+    first_line=_first_line,
     needs=lambda options: FLAX | SKLEARN,
     total=_total,
-    results=_results,
+    results=lambda options: study(
+        dict.fromkeys(options.tasks),
+        _methods(options),
+        options.seeds,
+        options.steps,
+        options.rates,
+    ),
     describe=_describe,
     text=_text,
     numbers=_numbers,

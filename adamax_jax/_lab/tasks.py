@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.scipy.special import gammaln
 
 # Files that every CPython since 3.11 has under these names.
 TEXT = (
@@ -48,14 +49,20 @@ class Task(NamedTuple):
     # Names with units, the one that matters most first.
     metrics: tuple[str, ...]
     learning_rate: float
-    # Whether the learning rate decays to 0 along a cosine or stays.
-    cosine: bool
     steps: int
     batch: int
-    # The steps in which the learning rate rises from 0, as a share of all.
+    # Whether the learning rate decays to 0 along a cosine or stays.
+    cosine: bool = True
+    # The steps in which the learning rate rises from 0, as a fraction of all.
     warm_up: float = 0.0
     # Decoupled, of matrices, times the task's own learning rate with a cosine decay.
     weight_decay: float = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """All but the problem, for JSON."""
+        settings = self._asdict()
+        del settings["make"]
+        return settings
 
     def schedule(self, learning_rate: Any, steps: int) -> Any:
         """The learning rate during a training of so many steps that begins with one."""
@@ -92,6 +99,18 @@ def digits() -> _Digits:
         random_state=0,
     )
     return _Digits(*map(np.asarray, parts))
+
+
+def cross_entropy(logits: jax.Array, labels: Any) -> jax.Array:
+    """The mean over all labels, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def log_likelihood(logits: jax.Array, images: Any) -> jax.Array:
+    """Of each pixel of the digits, one of 0 to 16: a binomial distribution."""
+    ink = 16 * images
+    choices = gammaln(17.0) - gammaln(ink + 1) - gammaln(17 - ink)
+    return choices + ink * logits - 16 * jax.nn.softplus(logits)
 
 
 def _functional(make_model):
@@ -135,38 +154,27 @@ def _perceptron() -> Problem:
     data = digits()
     init, model = _functional(MLP)
 
-    def cross_entropy(params, images, labels, key=None):
-        logits = model(params)(images, key)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean()
-
     def measure(params):
+        logits = model(params)(data.train_images)
         predictions = jnp.argmax(model(params)(data.test_images), axis=-1)
         return (
-            cross_entropy(params, data.train_images, data.train_labels),
+            cross_entropy(logits, data.train_labels),
             100 * jnp.mean(predictions == data.test_labels),
         )
 
     def loss(params, batch, key):
         images, labels = batch
-        return cross_entropy(params, images, labels, key)
+        return cross_entropy(model(params)(images, key), labels)
 
-    return Problem(
-        init,
-        loss,
-        (data.train_images, data.train_labels),
-        measure,
-    )
+    return Problem(init, loss, (data.train_images, data.train_labels), measure)
 
 
 def _vae() -> Problem:
     """A convolutional variational autoencoder of the digits.
 
-    A pixel is one of 0 to 16: its likelihood is binomial. The loss is a sum over the
-    pixels, whose gradients are far above 1.
+    The loss is a sum over the pixels, whose gradients are far above 1.
     """
     from flax import nnx
-    from jax.scipy.special import gammaln
 
     latent = 8
 
@@ -198,11 +206,9 @@ def _vae() -> Problem:
     def negative_elbo(params, images, key):
         """In nats per image."""
         logits, mean, log_variance = model(params)(images, key)
-        ink = 16 * images
-        choices = gammaln(17.0) - gammaln(ink + 1) - gammaln(17 - ink)
-        log_likelihood = choices + ink * logits - 16 * jax.nn.softplus(logits)
+        likelihood = log_likelihood(logits, images)
         kl = (jnp.exp(log_variance) + mean**2 - 1 - log_variance) / 2
-        return (jnp.sum(kl) - jnp.sum(log_likelihood)) / len(images)
+        return (jnp.sum(kl) - jnp.sum(likelihood)) / len(images)
 
     def measure(params):
         keys = jax.random.split(jax.random.key(0), 32)
@@ -265,14 +271,14 @@ def _flow() -> Problem:
     )
 
 
-def _with_spikes(make, share: float, factor: float) -> Problem:
-    """Another problem, where a share of the gradients is multiplied by a factor."""
+def _with_spikes(make, fraction: float, factor: float) -> Problem:
+    """Another problem, where a fraction of the gradients is multiplied by a factor."""
     problem = make()
 
     def loss(params, batch, key):
         value = problem.loss(params, batch, key)
         # The noise of the problem itself is of the key.
-        is_spike = jax.random.uniform(jax.random.fold_in(key, 1)) < share
+        is_spike = jax.random.uniform(jax.random.fold_in(key, 1)) < fraction
         above = jnp.where(is_spike, factor - 1, 0)
         # The value is the same.
         return value + above * (value - jax.lax.stop_gradient(value))
@@ -329,22 +335,15 @@ def _transformer(width: int = 64) -> Problem:
     test = test[: len(test) // 64 * 64].reshape(-1, 64, CONTEXT + 1)
     init, model = _functional(Transformer)
 
-    def cross_entropy(params, windows):
+    def loss(params, windows, key=None):
         """In nats per character."""
-        logits = model(params)(windows[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-        return losses.mean()
+        return cross_entropy(model(params)(windows[:, :-1]), windows[:, 1:])
 
     def measure(params):
-        losses = jax.lax.map(lambda windows: cross_entropy(params, windows), test)
+        losses = jax.lax.map(lambda windows: loss(params, windows), test)
         return (jnp.mean(losses),)
 
-    return Problem(
-        init,
-        lambda params, windows, key: cross_entropy(params, windows),
-        train,
-        measure,
-    )
+    return Problem(init, loss, train, measure)
 
 
 def _factorization() -> Problem:
@@ -405,36 +404,17 @@ def text_as_numbers() -> tuple[np.ndarray, int]:
 # were not tried, so that none of them is favoured.
 TASKS = {
     "perceptron": Task(
-        make=_perceptron,
-        metrics=("training loss, nats", "test accuracy, %"),
+        _perceptron,
+        ("training loss, nats", "test accuracy, %"),
         learning_rate=8e-3,
-        cosine=False,
         steps=1500,
         batch=128,
+        cosine=False,
     ),
-    "vae": Task(
-        make=_vae,
-        metrics=("test negative ELBO, nats per image",),
-        learning_rate=2e-2,
-        cosine=True,
-        steps=1200,
-        batch=64,
-    ),
-    "flow": Task(
-        make=_flow,
-        metrics=("test negative log-likelihood, nats",),
-        learning_rate=1.6e-2,
-        cosine=True,
-        steps=2000,
-        batch=256,
-    ),
+    "vae": Task(_vae, ("test negative ELBO, nats per image",), 2e-2, 1200, 64),
+    "flow": Task(_flow, ("test negative log-likelihood, nats",), 1.6e-2, 2000, 256),
     "transformer": Task(
-        make=_transformer,
-        metrics=("held-out loss, nats per character",),
-        learning_rate=8e-3,
-        cosine=True,
-        steps=800,
-        batch=16,
+        _transformer, ("held-out loss, nats per character",), 8e-3, 800, 16
     ),
 }
 
@@ -444,21 +424,14 @@ TASKS = {
 _warm = TASKS["transformer"]._replace(warm_up=0.1)
 FURTHER = {
     "factorization": Task(
-        make=_factorization,
-        metrics=("test error, root of the mean square",),
-        learning_rate=8e-3,
-        cosine=True,
-        steps=4000,
-        batch=256,
+        _factorization, ("test error, root of the mean square",), 8e-3, 4000, 256
     ),
     "vae, spikes": TASKS["vae"]._replace(
         make=functools.partial(_with_spikes, _vae, 1 / 200, 1e3)
     ),
-    "transformer, short warm-up": TASKS["transformer"]._replace(warm_up=0.02),
     "transformer, warm-up": _warm,
     "transformer, wide": _warm._replace(
         make=functools.partial(_transformer, width=96), steps=1200
     ),
     "transformer, long": _warm._replace(steps=2400),
 }
-ALL_TASKS = TASKS | FURTHER

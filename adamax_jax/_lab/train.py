@@ -45,6 +45,11 @@ class Run:
     # The training loss of every step.
     losses: np.ndarray
 
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Of the optimizer's state."""
+        return self.state_bytes / self.parameters
+
     def numbers(self) -> dict[str, Any]:
         """For JSON, the losses few: means over ``curve_every`` steps each."""
         result = asdict(self)
@@ -88,10 +93,8 @@ class Trainer:
         The numbers are those of the method that are traced, such as ``b2``.
         """
         start = time.perf_counter()
-        init_key, _ = jax.random.split(jax.random.key(seed))
-        first = self._init(init_key)
-        state = jax.eval_shape(self._optimizer(learning_rate, numbers).init, first)
         params, losses = self.train(learning_rate, seed, **numbers)
+        state = jax.eval_shape(self._optimizer(learning_rate, numbers).init, params)
         return Run(
             task=task_name,
             method=method_name,
@@ -99,7 +102,7 @@ class Trainer:
             seed=seed,
             metrics=[float(x) for x in self._measure(params)],
             state_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
-            parameters=sum(x.size for x in jax.tree.leaves(first)),
+            parameters=sum(x.size for x in jax.tree.leaves(params)),
             seconds=time.perf_counter() - start,
             losses=np.asarray(losses),
         )

@@ -10,9 +10,17 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from adamax_jax._lab.tasks import TASKS, Problem, Task, digits, library, text_as_numbers
+from adamax_jax._lab.tasks import (
+    TASKS,
+    Problem,
+    Task,
+    cross_entropy,
+    digits,
+    library,
+    log_likelihood,
+    text_as_numbers,
+)
 
 
 def _dense(key, *sizes):
@@ -29,10 +37,6 @@ def _perceptron(layers, x, activation):
     for layer in layers[:-1]:
         x = activation(x @ layer["kernel"] + layer["bias"])
     return x @ layers[-1]["kernel"] + layers[-1]["bias"]
-
-
-def _cross_entropy(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def _words(vocabulary: int) -> list[np.ndarray]:
@@ -94,16 +98,14 @@ def _bag() -> Problem:
             "output": _dense(key, width, len(files)),
         }
 
-    def cross_entropy(params, rows, labels):
+    def loss(params, batch, key=None):
+        rows, labels = batch
         means = params["embedding"][rows].mean(1)
-        return _cross_entropy(_perceptron(params["output"], means, jnp.tanh), labels)
+        return cross_entropy(_perceptron(params["output"], means, jnp.tanh), labels)
 
-    return Problem(
-        init,
-        lambda params, batch, key: cross_entropy(params, *batch),
-        (rows[held_out:], labels[held_out:]),
-        lambda params: (cross_entropy(params, rows[:held_out], labels[:held_out]),),
-    )
+    test = rows[:held_out], labels[:held_out]
+    train = rows[held_out:], labels[held_out:]
+    return Problem(init, loss, train, lambda params: (loss(params, test),))
 
 
 def _hash_grid() -> Problem:
@@ -167,7 +169,7 @@ def _variational() -> Problem:
         weights = mean + jnp.exp(log) * jax.random.normal(key, mean.shape)
         logits = images @ weights[:64] + weights[64]
         kl = (jnp.exp(2 * log) + mean**2 - 1) / 2 - log
-        return total * _cross_entropy(logits, labels) + jnp.sum(kl)
+        return total * cross_entropy(logits, labels) + jnp.sum(kl)
 
     def measure(params):
         def of_sample(key):
@@ -253,11 +255,11 @@ def _convolutions() -> Problem:
         moves = jax.random.randint(key, (2, len(images)), -1, 2)
         roll = jax.vmap(lambda image, dy, dx: jnp.roll(image, (dy, dx), (0, 1)))
         moved = roll(images.reshape(-1, 8, 8), *moves)
-        return _cross_entropy(logits(params, moved), labels)
+        return cross_entropy(logits(params, moved), labels)
 
     def measure(params):
         # The statistics of all test images.
-        return (_cross_entropy(logits(params, data.test_images), data.test_labels),)
+        return (cross_entropy(logits(params, data.test_images), data.test_labels),)
 
     return Problem(init, loss, (data.train_images, data.train_labels), measure)
 
@@ -344,7 +346,7 @@ def _characters() -> Problem:
             "output": _dense(keys[2], width, symbols),
         }
 
-    def cross_entropy(params, windows):
+    def loss(params, windows, key=None):
         """In nats per character."""
         seen = params["embedding"][windows[:, :-1].T]
 
@@ -358,14 +360,9 @@ def _characters() -> Problem:
         start = jnp.zeros((len(windows), width))
         hidden = jax.lax.scan(step, start, seen, unroll=4)[1]
         logits = _perceptron(params["output"], hidden, None)
-        return _cross_entropy(logits, windows[:, 1:].T)
+        return cross_entropy(logits, windows[:, 1:].T)
 
-    return Problem(
-        init,
-        lambda params, windows, key: cross_entropy(params, windows),
-        train,
-        lambda params: (cross_entropy(params, test),),
-    )
+    return Problem(init, loss, train, lambda params: (loss(params, test),))
 
 
 def _spiking() -> Problem:
@@ -402,11 +399,11 @@ def _spiking() -> Problem:
 
     def measure(params):
         found = logits(params, data.test_images, jax.random.key(0))
-        return (_cross_entropy(found, data.test_labels),)
+        return (cross_entropy(found, data.test_labels),)
 
     return Problem(
         lambda key: _dense(key, 64, hidden, 10),
-        lambda params, batch, key: _cross_entropy(
+        lambda params, batch, key: cross_entropy(
             logits(params, batch[0], key), batch[1]
         ),
         (data.train_images, data.train_labels),
@@ -438,7 +435,8 @@ def _mixer() -> Problem:
             "output": _dense(keys[5], width, 10),
         }
 
-    def cross_entropy(params, images, labels):
+    def loss(params, batch, key=None):
+        images, labels = batch
         x = _perceptron(params["embed"], as_patches(images), None)
         for layer in params["layers"]:
             normal = jax.nn.standardize(x) * layer["scales"][0]
@@ -447,20 +445,15 @@ def _mixer() -> Problem:
             normal = jax.nn.standardize(x) * layer["scales"][1]
             x = x + _perceptron(layer["features"], normal, jax.nn.gelu)
         logits = _perceptron(params["output"], jax.nn.standardize(x).mean(1), None)
-        return _cross_entropy(logits, labels)
+        return cross_entropy(logits, labels)
 
-    return Problem(
-        init,
-        lambda params, batch, key: cross_entropy(params, *batch),
-        (data.train_images, data.train_labels),
-        lambda params: (cross_entropy(params, data.test_images, data.test_labels),),
-    )
+    train = data.train_images, data.train_labels
+    test = data.test_images, data.test_labels
+    return Problem(init, loss, train, lambda params: (loss(params, test),))
 
 
 def _autoencoder() -> Problem:
     """A variational autoencoder of the digits, whose pixels are binomial."""
-    from jax.scipy.special import gammaln
-
     data, latent = digits(), 8
 
     def init(key):
@@ -473,9 +466,7 @@ def _autoencoder() -> Problem:
         mean, log = jnp.split(_perceptron(encoder, images, jax.nn.relu), 2, axis=1)
         code = mean + jnp.exp(log) * jax.random.normal(key, mean.shape)
         logits = _perceptron(decoder, code, jax.nn.relu)
-        ink = 16 * images
-        choices = gammaln(17.0) - gammaln(ink + 1) - gammaln(17 - ink)
-        likelihood = choices + ink * logits - 16 * jax.nn.softplus(logits)
+        likelihood = log_likelihood(logits, images)
         kl = (jnp.exp(2 * log) + mean**2 - 1) / 2 - log
         return (jnp.sum(kl) - jnp.sum(likelihood)) / len(images)
 
@@ -487,33 +478,22 @@ def _autoencoder() -> Problem:
     return Problem(init, negative_elbo, data.train_images, measure)
 
 
-def _task(make, metric, learning_rate, steps, batch, cosine=True, weight_decay=0.0):
-    return Task(
-        make=make,
-        metrics=(metric,),
-        learning_rate=learning_rate,
-        cosine=cosine,
-        steps=steps,
-        batch=batch,
-        weight_decay=weight_decay,
-    )
-
-
+# Each with its metric, learning rate, steps and batch size.
 VARIED = {
-    "skip-gram": _task(_skip_gram, "held-out loss, nats per pair", 1e-2, 1500, 256),
-    "bag of words": _task(_bag, "held-out loss, nats", 1e-2, 600, 64),
-    "hash grid": _task(_hash_grid, "error, dB", 1e-2, 600, 512),
-    "variational": _task(_variational, "negative ELBO, nats", 1e-2, 1500, 64),
-    "physics": _task(_physics, "error, log10", 4e-3, 2000, 64),
-    "convolutions": _task(_convolutions, "test loss, nats", 1e-2, 400, 64),
-    "cart-pole": _task(_cart_pole, "return, negated", 2e-2, 40, 1, cosine=False),
-    "characters": _task(
-        _characters, "held-out loss, nats", 1e-2, 500, 32, weight_decay=0.1
+    "skip-gram": Task(_skip_gram, ("held-out loss, nats per pair",), 1e-2, 1500, 256),
+    "bag of words": Task(_bag, ("held-out loss, nats",), 1e-2, 600, 64),
+    "hash grid": Task(_hash_grid, ("error, dB",), 1e-2, 600, 512),
+    "variational": Task(_variational, ("negative ELBO, nats",), 1e-2, 1500, 64),
+    "physics": Task(_physics, ("error, log10",), 4e-3, 2000, 64),
+    "convolutions": Task(_convolutions, ("test loss, nats",), 1e-2, 400, 64),
+    "cart-pole": Task(_cart_pole, ("return, negated",), 2e-2, 40, 1, cosine=False),
+    "characters": Task(
+        _characters, ("held-out loss, nats",), 1e-2, 500, 32, weight_decay=0.1
     ),
-    "spiking": _task(_spiking, "test loss, nats", 8e-3, 400, 32),
-    "mixer": _task(_mixer, "test loss, nats", 8e-3, 500, 32, weight_decay=0.1),
-    "autoencoder": _task(
-        _autoencoder, "test negative ELBO, nats per image", 8e-3, 1000, 64
+    "spiking": Task(_spiking, ("test loss, nats",), 8e-3, 400, 32),
+    "mixer": Task(_mixer, ("test loss, nats",), 8e-3, 500, 32, weight_decay=0.1),
+    "autoencoder": Task(
+        _autoencoder, ("test negative ELBO, nats per image",), 8e-3, 1000, 64
     ),
     "flow, short": TASKS["flow"]._replace(steps=800),
 }
