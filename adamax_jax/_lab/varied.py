@@ -478,6 +478,51 @@ def _autoencoder() -> Problem:
     return Problem(init, negative_elbo, data.train_images, measure)
 
 
+def _recommender() -> Problem:
+    """Clicks of users on items. Half of the items are in less than 5 % of the batches.
+
+    Not among the trainings from which a setting was chosen: its rows are rarer.
+    """
+    rows, width, train, test = 1500, 8, 600_000, 50_000
+    random = np.random.default_rng(0)
+    pairs, tables = [], []
+    for power in (0.8, 1.0):
+        frequency = np.arange(1.0, rows + 1) ** -power
+        drawn = random.choice(rows, train + test, p=frequency / frequency.sum())
+        pairs.append(drawn.astype(np.int32))
+        tables.append(random.normal(size=(rows, width)) / width**0.25)
+    users, items = pairs
+    logits = (tables[0][users] * tables[1][items]).sum(1)
+    clicks = np.float32(random.random(train + test) < 1 / (1 + np.exp(-logits)))
+
+    def init(key):
+        keys = jax.random.split(key)
+        return {
+            f"{name}_embedding": {
+                "factors": 0.1 * jax.random.normal(k, (rows, width)),
+                "bias": jnp.zeros(rows),
+            }
+            for name, k in zip(("user", "item"), keys, strict=True)
+        }
+
+    def cross_entropy(params, users, items, clicks):
+        """In nats per click."""
+        user = jax.tree.map(lambda x: x[users], params["user_embedding"])
+        item = jax.tree.map(lambda x: x[items], params["item_embedding"])
+        logits = jnp.sum(user["factors"] * item["factors"], 1)
+        logits = logits + user["bias"] + item["bias"]
+        return jnp.mean(jax.nn.softplus(logits) - clicks * logits)
+
+    examples = users, items, clicks
+    held_out = [x[train:] for x in examples]
+    return Problem(
+        init,
+        lambda params, batch, key: cross_entropy(params, *batch),
+        tuple(x[:train] for x in examples),
+        lambda params: (cross_entropy(params, *held_out),),
+    )
+
+
 # Each with its metric, learning rate, steps and batch size.
 VARIED = {
     "skip-gram": Task(_skip_gram, ("held-out loss, nats per pair",), 1e-2, 1500, 256),
@@ -496,4 +541,5 @@ VARIED = {
         _autoencoder, ("test negative ELBO, nats per image",), 8e-3, 1000, 64
     ),
     "flow, short": TASKS["flow"]._replace(steps=800),
+    "recommender": Task(_recommender, ("held-out loss, nats",), 8e-3, 6000, 256),
 }
