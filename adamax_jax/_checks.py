@@ -507,7 +507,7 @@ def check_mask(mask: Any, params: Any) -> None:
 
 def check_gradients(updates: Any, m: Any) -> None:
     """Raises an error if gradients and m differ in tree, shape or kind of number."""
-    if updates is None and jax.tree.leaves(m):
+    if updates is None and not jax.tree_util.all_leaves([m]):
         raise TypeError(
             "The gradients are None. Parameters that get no gradient in this step have "
             "None in the tree of gradients."

@@ -57,7 +57,7 @@ def count(event, seconds, **_):
 @pytest.fixture(autouse=True)
 def memory(request):
     yield
-    if len(compiled) > 500:
+    if len(compiled) > 450:
         jax.clear_caches()
         compiled.clear()
 

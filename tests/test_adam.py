@@ -503,7 +503,7 @@ def test_errors_of_states():
         ValueError, match="is a ScaleByAdamaxState, but the optimizer's"
     ):
         insert_state(ours, maximum)
-    with pytest.raises(TypeError, match=r"from_optax converts .* with adam_b2"):
+    with pytest.raises(TypeError, match=r"from_optax converts .* b2 as adam_b2"):
         adam(0.1).update(PARAMS, theirs)
     with pytest.raises(TypeError, match="ScaleByLpAdamState, but this optimizer's"):
         adamax(0.1).update(PARAMS, ours)

@@ -80,30 +80,35 @@ def check_a_sharded_state_beside_replicated_gradients():
         return
     mesh = mesh_of(AxisType.Explicit)
     growth = {"b2": 0.99, "max_growth": 2.0}
+    optimizers = [
+        scale_by_adamax(),
+        scale_by_adamax(**growth),
+        scale_by_adamax(**growth, u_dtype="uint8"),
+        scale_by_adamax(**growth, u_dtype="bfloat16"),
+        scale_by_adamax(**growth, shared_axes=0, eps_inside=False),
+        scale_by_lp_adam(2.0),
+        scale_by_lp_adam(2.5),
+    ]
+
+    def steps(g, states):
+        return [tx.update(g, s)[0] for tx, s in zip(optimizers, states, strict=True)]
+
+    def total(g, states):
+        return sum(jnp.sum(jnp.real(step)) for step in steps(2 * g, states))
+
     with set_mesh(mesh):
         for dtype in (jnp.float32, jnp.complex64):
             g = jax.device_put(jnp.ones([4, 8], dtype), NamedSharding(mesh, P()))
-            for optimizer in (
-                scale_by_adamax(),
-                scale_by_adamax(**growth),
-                scale_by_adamax(**growth, u_dtype="uint8"),
-                scale_by_adamax(**growth, u_dtype="bfloat16"),
-                scale_by_adamax(**growth, shared_axes=0, eps_inside=False),
-                scale_by_lp_adam(2.0),
-                scale_by_lp_adam(2.5),
-            ):
-                shardings = zero_shardings(optimizer, g, mesh, "data")
-                state = jax.device_put(optimizer.init(g), shardings)
-                assert state.m.sharding.spec == P(None, "data")
-                for update in (optimizer.update, jax.jit(optimizer.update)):
-                    step, _ = update(g, state)
+            states = []
+            for tx in optimizers:
+                shardings = zero_shardings(tx, g, mesh, "data")
+                states.append(jax.device_put(tx.init(g), shardings))
+                assert states[-1].m.sharding.spec == P(None, "data")
+            # Compiled, all in one program.
+            for jit in (lambda function: function, jax.jit):
+                for step in jit(steps)(g, states):
                     np.testing.assert_allclose(jnp.real(step), 1, rtol=0.13)
-
-                def total(g, optimizer=optimizer, state=state):
-                    return jnp.sum(jnp.real(optimizer.update(2 * g, state)[0]))
-
-                for derivative in (jax.grad(total), jax.jit(jax.grad(total))):
-                    assert np.isfinite(derivative(g)).all()
+                assert np.isfinite(jit(jax.grad(total))(g, states)).all()
 
 
 @fast_to_compile
