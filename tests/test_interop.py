@@ -32,6 +32,7 @@ from adamax_jax import (
     from_torch,
     insert_state,
     moments,
+    scale_by_adamax,
     to_optax,
 )
 
@@ -224,6 +225,24 @@ def test_a_training_run_begun_in_torch_continues_here(carried):
         if carried:
             np.testing.assert_allclose(loss, run.losses[i], rtol=1e-6)
     assert deviation < 5e-7 if carried else deviation > 0.1
+
+
+def test_groups_that_differ_in_their_learning_rate_need_one_state():
+    """The recipe of the page: as optimizers of their own, with the same m and u."""
+    params = {"a": np.float32([1, -2]), "b": np.float32([3, 0.5])}
+    rates, labels = {"a": 1e-3, "b": 1e-2}, {"a": "a", "b": "b"}
+    one = adamax(1e-3)
+    _, old = train(one, params, one.init(params), [params] * 3)
+    together = optax.chain(
+        scale_by_adamax(),
+        optax.partition({k: optax.scale(-rate) for k, rate in rates.items()}, labels),
+    )
+    groups = optax.partition({k: adamax(rate) for k, rate in rates.items()}, labels)
+    new = groups.init(params)
+    parts = {name: insert_state(part, old) for name, part in new.inner_states.items()}
+    found, _ = together.update(params, insert_state(together.init(params), old))
+    expected, _ = groups.update(params, new._replace(inner_states=parts))
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
 def test_from_torch_copies_the_memory():
