@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from adamax_jax._formats import COMPLEX_MEANS, MEANS, NORMS
@@ -168,9 +167,10 @@ def check_numbers(state: Any, unit: float) -> None:
 
     |m| is at most about u times ``unit``, and m has integer values only if all
     gradients have. So if all of m is integers, and a large one exceeds that bound, m is
-    int8 codes that were cast. It is too if u is integers as well and differs from m
-    after some steps: only constant gradients leave u an integer, and then m becomes the
-    same.
+    int8 codes that were cast. In the L^p family it is too if u is integers as well and
+    differs from m after some steps: only constant gradients leave that mean an integer,
+    and then m becomes the same. (AdaMax's u has integers of gradients that differ, and
+    if it was cast, its u_scale shows it.)
     """
     (u_scale,) = jax.tree.leaves(getattr(state, "u_scale", 1.0))
     if is_known(u_scale):
@@ -198,7 +198,8 @@ def check_numbers(state: Any, unit: float) -> None:
         is_whole = is_whole and not norm.is_scaled and bool(jnp.all(jnp.round(u) == u))
     (count,) = jax.tree.leaves(state.count)
     is_late = is_known(count) and bool(np.all(jax.device_get(count) >= 10))
-    if is_above or (is_other and is_whole and is_late):
+    is_mean = not hasattr(state, "u_scale")
+    if is_above or (is_mean and is_other and is_whole and is_late):
         raise ValueError(
             "The state's m is whole numbers, as its u or above it: codes of int8 that "
             f"were cast. {_NO_CASTS}"
@@ -355,38 +356,50 @@ def check_rounding(
 
 def check_state(state: Any, kind: type) -> None:
     """Raises TypeError if the state has another type than the optimizer's."""
-    if not isinstance(state, kind):
-        hint = ""
-        if kind.__name__ == "ScaleByAdamaxState":
-            hint = " insert_state puts in the state of another AdaMax"
-            if isinstance(state, optax.ScaleByAdamState):
-                hint += "; from_optax converts that of optax.adamax"
-            hint += "."
-        elif kind.__name__ == "ScaleByLpAdamState":
-            hint = (
-                " from_optax converts that of optax.adam, if given its b2 as adam_b2."
-            )
-        raise TypeError(
-            "update takes the gradients, the state and the parameters, in this order. "
-            f"The state is of type {type(state).__name__}, but this optimizer's is a "
-            f"{kind.__name__}, which its init returns. Restore a checkpoint into such "
-            f"a state.{hint}"
-        )
+    if isinstance(state, kind):
+        return
+    given = type(state).__name__
+    raise TypeError(
+        "update takes the gradients, the state and the parameters, in this order. "
+        f"The state is of type {given}, but this optimizer's is a {kind.__name__}, "
+        "which its init returns. Restore a checkpoint into such a state."
+        f"{_INSTEAD.get((kind.__name__, given), '')}"
+    )
+
+
+# What to do with a state of another type, by the names of the right and the given one.
+_INSTEAD = {
+    ("ScaleByAdamaxState", "ScaleByAdamState"): (
+        " from_optax converts that of optax.adamax."
+    ),
+    ("ScaleByAdamaxState", "ScaleByLpAdamState"): (
+        " AdaMax begins with a new state: u is a maximum, not a mean."
+    ),
+    ("ScaleByLpAdamState", "ScaleByAdamState"): (
+        " from_optax converts that of optax.adam, if given its b2 as adam_b2."
+    ),
+    ("ScaleByLpAdamState", "ScaleByAdamaxState"): (
+        " If from_optax made it of optax.adam's, give from_optax its b2 as adam_b2. "
+        "After AdaMax, Adam begins with a new state: u is a mean, not a maximum."
+    ),
+}
 
 
 def check_chained(state: Any, size: int) -> None:
     """Raises TypeError if the state is not that of a chain of ``size`` parts."""
-    is_plain = isinstance(state, tuple | list) and not hasattr(state, "_fields")
+    fields = getattr(state, "_fields", None)
+    is_plain = isinstance(state, tuple | list) and fields is None
     if is_plain and len(state) == size:
         return
     shown, hint = _shown(state), ""
-    if is_plain:
+    if is_plain and state:
         shown = f"a {type(state).__name__} of {len(state)}"
+    if is_plain and {len(state), size} == {2, 3}:
         hint = (
             " The state of adamw and adamaxw has one more than that of adam and adamax,"
             " for the weight decay."
         )
-    elif hasattr(state, "count"):
+    elif fields and "count" in fields and "m" in fields:
         hint = " insert_state puts a part of a state into what init returns."
     raise TypeError(
         "update takes the gradients, the state and the parameters, in this order. "
@@ -507,7 +520,7 @@ def check_mask(mask: Any, params: Any) -> None:
 
 def check_gradients(updates: Any, m: Any) -> None:
     """Raises an error if gradients and m differ in tree, shape or kind of number."""
-    if updates is None and not jax.tree_util.all_leaves([m]):
+    if updates is None and m is not None and not jax.tree_util.all_leaves([m]):
         raise TypeError(
             "The gradients are None. Parameters that get no gradient in this step have "
             "None in the tree of gradients."

@@ -1,7 +1,7 @@
 """Reads a state, converts its dtypes, and inserts it into that of a new optimizer."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -357,15 +357,19 @@ def _hint(state, kind):
             " It is Optax's: use from_optax first, with adam_b2 if its optimizer is an "
             "adam."
         )
-    if any(
-        "['count']" in name_of(path) for path, _ in jax.tree.leaves_with_path(state)
-    ):
+    if any(map(_is_dictionary, jax.tree.leaves(state, is_leaf=_is_dictionary))):
         return (
             " It has dictionaries in place of states: give optimizer.opt_state in Flax "
             "NNX, not nnx.state(optimizer), and restore a checkpoint into what init "
             "returns."
         )
     return ""
+
+
+def _is_dictionary(node):
+    """Whether a node holds what a state does, by its names."""
+    fields = set(node) if isinstance(node, Mapping) else set()
+    return fields >= {"count", "m", "u"} or fields >= {"count", "mu", "nu"}
 
 
 def _convert(state, m_dtype, u_dtype):

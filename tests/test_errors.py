@@ -337,7 +337,7 @@ def test_states_of_the_other_family(storage):
     ):
         theirs.update(g, ours.init(g))
     with pytest.raises(
-        TypeError, match=r"ScaleByLpAdamState, but .* ScaleByAdamaxState.*insert_state"
+        TypeError, match=r"ScaleByLpAdamState, but .* AdaMax begins with a new state"
     ):
         ours.update(g, theirs.init(g))
     with pytest.raises(TypeError, match="ScaleByAdamaxState"):
@@ -657,16 +657,20 @@ def test_arguments_of_update_in_another_order(factory):
             optimizer.update(*arguments)
     with pytest.raises(TypeError, match=r"got a dict of 3 leaves\."):
         optimizer.update(DENSE, DENSE)
+    other = state[:2] if len(state) == 3 else (*state, optax.EmptyState())
     with pytest.raises(TypeError, match=r"got a tuple of \d\. The state of adamw and"):
-        optimizer.update(DENSE, (*state, optax.EmptyState()))
+        optimizer.update(DENSE, other)
     with pytest.raises(TypeError, match=r"got a ScaleBy\w+State .* insert_state puts"):
         optimizer.update(DENSE, state[0])
+    for other in ((), (*state, *state), optax.EmptyState(), optax.MaskedState(state)):
+        with pytest.raises(TypeError, match=r"a tuple of \d states, got [^.]*\.$"):
+            optimizer.update(DENSE, other)
 
 
 def test_the_state_of_an_adam_needs_its_b2():
     """Without it, from_optax takes it for the state of an AdaMax."""
     state = from_optax(optax.adam(1e-3).init(DENSE))
-    with pytest.raises(TypeError, match=r"from_optax converts .* b2 as adam_b2"):
+    with pytest.raises(TypeError, match=r"give from_optax its b2 as adam_b2"):
         adam(1e-3).update(DENSE, state)
 
 
@@ -679,6 +683,11 @@ def test_dictionaries_in_the_place_of_states():
                 ValueError, match=r"dictionaries in place of states: give"
             ):
                 function(restored)
+    # A parameter may be called count.
+    trace = optax.trace(0.9).init({"count": jnp.ones(2)})
+    for function in (moments, convert_state, from_optax):
+        with pytest.raises(ValueError, match=r"^The state holds no [\w ]+\.$"):
+            function(trace)
 
 
 @pytest.mark.parametrize("value", [1e-3, adamax, {"a": jnp.ones(3)}, None])
@@ -763,6 +772,12 @@ class TestStatesThatWereCast:
         for numbers in (jnp.ones(3), jnp.array([100.0, -3.0, 0.0])):
             optimizer = adamax(b1=0.0, m_dtype=m_dtype, u_dtype=u_dtype)
             moments(optimizer.update(numbers, optimizer.init(numbers))[1])
+        numbers = jnp.array([[20.0, 30.0], [40.0, 50.0]])
+        optimizer = adamax(m_dtype=m_dtype, u_dtype=u_dtype, shared_axes=-1)
+        update, state = jax.jit(optimizer.update), optimizer.init(numbers)
+        for _ in range(100):
+            _, state = update(numbers, state)
+        moments(state)
 
     @pytest.mark.parametrize("value", [2.0, 0.5, -1.5, float("nan")])
     @pytest.mark.parametrize("storage", ["bfloat16", "two bytes"])
@@ -800,6 +815,6 @@ def test_other_things_in_the_place_of_hyperparameters():
     with pytest.raises(TypeError, match=r"or a schedule, got a list of 2 leaves\.$"):
         adamax([1e-3, 1e-4])
     with pytest.raises(
-        TypeError, match=r"in this order.* a ScaleByLpAdamState, .*adam_b2\.$"
+        TypeError, match=r"in this order.* a ScaleByLpAdamState, .*not a maximum\.$"
     ):
         lp_adam(0.1, 2.0).update(DENSE, adamax().init(DENSE))
