@@ -493,7 +493,8 @@ def _recommender() -> Problem:
         tables.append(random.normal(size=(rows, width)) / width**0.25)
     users, items = pairs
     logits = (tables[0][users] * tables[1][items]).sum(1)
-    clicks = np.float32(random.random(train + test) < 1 / (1 + np.exp(-logits)))
+    clicks = random.random(train + test) < 1 / (1 + np.exp(-logits))
+    clicks = clicks.astype(np.float32)
 
     def init(key):
         keys = jax.random.split(key)
