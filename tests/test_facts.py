@@ -132,6 +132,24 @@ def test_error_of_a_constant_gradients_update(module, expected):
     assert worst == pytest.approx(expected, rel=0.25)
 
 
+@pytest.mark.parametrize("b1", [0.99, 0.9999, 0.999999])
+def test_a_traced_b1_has_no_larger_error(b1):
+    """1 - b1^t is not the difference of two numbers near 1."""
+
+    @jax.jit
+    def worst(b1):
+        optimizer = adamax_jax.scale_by_adamax(b1)
+        g = jnp.ones(1)
+        updates = []
+        state = optimizer.init(g)
+        for _ in range(10):
+            update, state = optimizer.update(g, state)
+            updates.append(update)
+        return jnp.max(jnp.abs(jnp.stack(updates) - 1))
+
+    assert worst(jnp.float32(b1)) < 2e-6
+
+
 @both(0.99, 0.014)
 def test_bfloat16_parameters_on_a_noisy_quadratic(module, expected):
     optimizer = module.adamax(1e-3)
