@@ -129,7 +129,7 @@ def scale_by_lp_adam(
       TypeError: If an argument has a wrong type or a hyperparameter fewer than 32 bits;
         by ``init``, if a parameter is no array, or m cannot be stored for its dtype; by
         ``update``, if a gradient is an integer, or complex where the parameter is real
-        or vice versa, or if the state has another type or other dtypes.
+        or vice versa, if they are None, or if the state has another type or dtypes.
 
     Examples:
       >>> import jax.numpy as jnp
