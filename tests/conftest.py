@@ -39,8 +39,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The largest files first, so that no process waits for another one at the end."""
     items.sort(key=lambda item: -item.path.stat().st_size)
-    # Looking for garbage takes a tenth of the time otherwise. (gc.freeze would hide what
-    # is imported from gc.get_referrers, with which Hypothesis looks for generators.)
+    # Looking for garbage takes a tenth of the time otherwise. (gc.freeze would hide
+    # imported objects from Hypothesis, which looks for generators.)
     gc.set_threshold(100_000, 20, 50)
 
 

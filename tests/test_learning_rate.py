@@ -145,3 +145,17 @@ def test_quadratic_is_minimised():
 def test_unsigned_learning_rate_points_downhill():
     (params,) = descend(adamax(jnp.uint8(1)), jnp.zeros(1), [jnp.ones(1)])
     assert float(params[0]) == pytest.approx(-1)
+
+
+def test_the_counts_of_schedules_stop_at_the_largest_number(lenient):
+    """As in Optax, and as the count of AdaMax does."""
+    optimizer = adamaxw(lambda t: 0.1 * (t >= 0), weight_decay=lambda t: 0.0 * t)
+    params = jnp.ones(2)
+    state = optimizer.init(params)
+    most = np.iinfo(np.int32).max
+    state = optax.tree.set(state, count=jnp.int32(most - 1))
+    for _ in range(3):
+        updates, state = optimizer.update(params, state, params)
+        assert (updates < 0).all()
+    counts = [x for x in jax.tree.leaves(state) if x.dtype == jnp.int32]
+    assert [int(count) for count in counts] == [most] * 3
