@@ -117,7 +117,11 @@ def test_half_precision_and_sharding_example():
 
 
 def assert_trained_in_six_bytes(names, learning_rate, travel, rounding):
-    """One step from 1, as two bytes hold it."""
+    """One step from 1, as two bytes hold it, up to a fraction of the learning rate.
+
+    A uint8 u is rounded by a ninth at most in AdaMax, and in Adam to either of two
+    codes, up to a quarter apart.
+    """
     assert names["params"]["kernel"].dtype == jnp.bfloat16
     full = names["full"]["kernel"]
     assert jnp.max(jnp.abs(full - (1 - travel))) < rounding * learning_rate
